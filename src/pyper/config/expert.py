@@ -1,0 +1,91 @@
+"""`[model]`: the shape of one expert."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pyper.config.base import Section
+from pyper.errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
+Init = Literal["scaled_normal", "zero_output"]
+
+
+class RopeScaling(Section):
+    """How RoPE reaches beyond the length it was trained on."""
+
+    kind: Literal["linear", "ntk", "yarn"]
+    factor: float = Field(gt=1.0)
+    """New length divided by the original one."""
+    original_seq_len: int = Field(default=2048, gt=0)
+    """The length the weights were trained on (used by YaRN)."""
+
+
+class ExpertConfig(Section):
+    """One expert: a decoder-only transformer, saved as `config.json` beside its weights."""
+
+    vocab_size: int = Field(default=0, ge=0)
+    """0 takes the size of the data's tokenizer."""
+    seq_len: int = Field(default=0, ge=0)
+    """Longest context in tokens; 0 takes `[data] seq_len`."""
+    d_model: int = Field(default=512, gt=0)
+    n_layers: int = Field(default=8, gt=0)
+    n_heads: int = Field(default=8, gt=0)
+    n_kv_heads: int | None = Field(default=None, gt=0)
+    """Fewer than `n_heads` is grouped-query attention; default: as many as `n_heads`."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Default: `d_model / n_heads`."""
+    d_ff: int | None = Field(default=None, gt=0)
+    """Default: `4 · d_model`."""
+    activation: Activation = "gelu"
+    """`gelu` is the exact (erf) one, `gelu_tanh` its approximation."""
+    qk_norm: bool = False
+    """RMSNorm over `head_dim` on queries and keys before RoPE."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    feed_forward_bias: bool = False
+    tie_embeddings: bool = False
+    """One matrix for the input table and the output head."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(default=1e-6, gt=0)
+    init: Init = "scaled_normal"
+    """`scaled_normal`: N(0, init_std), output projections divided by √(2·n_layers) as in GPT-2;
+    `zero_output`: N(0, 1/√fan_in), output projections zero, so that every block starts as the
+    identity."""
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ExpertConfig":
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ConfigError(
+                f"`model.d_model` ({self.d_model}) is not a multiple of "
+                f"`model.n_heads` ({self.n_heads})",
+                hint="change one of them, or set `head_dim`",
+            )
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(
+                f"`model.n_kv_heads` ({self.kv_heads}) must divide `n_heads` ({self.n_heads})",
+                hint=f"use one of {[n for n in range(1, self.n_heads + 1) if not self.n_heads % n]}",
+            )
+        if self.dim_per_head % 2:
+            raise ConfigError(
+                f"RoPE needs an even `head_dim`, not {self.dim_per_head}",
+                hint="change `d_model`, `n_heads` or `head_dim`",
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        """K, the width of one head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def ff_dim(self) -> int:
+        """F, the width inside the feed-forward network."""
+        return self.d_ff or 4 * self.d_model

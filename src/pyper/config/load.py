@@ -1,0 +1,153 @@
+"""Read a run file: TOML, `--set` overrides, and messages that name the key and a way out."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from pyper.config.presets import list_presets, preset_path
+from pyper.config.run import RunConfig
+from pyper.config.train import TrainConfig
+from pyper.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, or the name of a shipped one (`small`, `8x1b5` …).
+
+    Raises ConfigError for a missing file, bad TOML, unknown keys and values out of range.
+    """
+    file = find_run_file(path)
+    values = read_toml(file)
+    for override in overrides:
+        apply_override(values, override)
+    run = parse_run(values)
+    if run.run.folder is None:
+        named = run.run.model_copy(update={"folder": Path("runs") / file.stem})
+        run = run.model_copy(update={"run": named})
+    return run
+
+
+def find_run_file(path: Path | str) -> Path:
+    """The file itself, or the shipped preset of that name; the nearest name when neither exists."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir() and (file / "run.toml").is_file():
+        return file / "run.toml"
+    if file.stem in list_presets() and file.suffix in ("", ".toml") and len(file.parts) == 1:
+        return preset_path(file.stem)
+    folder = file.parent if file.parent.is_dir() else Path()
+    names = [str(f) for f in folder.glob("*.toml")] + list_presets()
+    raise ConfigError(
+        f"no run file `{path}`",
+        hint=nearest(str(path), names) or f"shipped ones: {', '.join(list_presets())}",
+    )
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Parse one TOML file; the error names line and column."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{file} is not valid TOML: {error}",
+            hint='text needs quotes: `schedule = "wsd"`',
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8: {error.reason}", hint="save it as UTF-8") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value`; the value is read as TOML, or else as plain text."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys) or len(keys) < 2:
+        raise ConfigError(
+            f"`--set {override}` is not of the form section.key=value",
+            hint="for example `--set train.learning_rate=3e-4`",
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = values
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"`--set {override}`: `{key}` is not a section")
+    if keys[0] == "train" and keys[-1] in ("epochs", "tokens", "steps"):
+        for other in ("epochs", "tokens", "steps"):  # a budget replaces the one in the file
+            section.pop(other, None)
+    section[keys[-1]] = value
+
+
+def parse_run(values: dict[str, Any]) -> RunConfig:
+    """Check a whole run file, given as nested dictionaries."""
+    for expert in values.get("expert", ()):
+        if isinstance(expert, dict):
+            _check_expert(expert)
+    return validate(RunConfig, values)
+
+
+def _check_expert(expert: dict[str, Any]) -> None:
+    """The training keys of one `[[expert]]`, on their own, so that a message names them."""
+    own = {key: value for key, value in expert.items() if key not in ("name", "index", "train")}
+    own |= expert.get("train", {})
+    budget = {} if own.keys() & {"epochs", "tokens", "steps"} else {"epochs": 1}
+    try:
+        validate(TrainConfig, own | budget)
+    except ConfigError as error:
+        message = error.message.replace("`", "`expert.", 1)
+        raise ConfigError(message, hint=error.hint) from None
+
+
+def validate(model: type[Model], values: dict[str, Any]) -> Model:
+    """Validate with pydantic and turn its first complaint into one line and a hint."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _explain(model, error) from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    where = [str(part) for part in first["loc"] if not _is_branch_of_union(part)]
+    name = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            f"unknown key `{name}`", hint=nearest(where[-1], _keys_at(model, where[:-1]))
+        )
+    given = first["input"]
+    shown = "" if isinstance(given, dict) else f", not {given!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return ConfigError(f"`{name}`: {message}{shown}", hint=f"mend `{name}` in the run file")
+
+
+def _is_branch_of_union(part: str | int) -> bool:
+    """Pydantic puts the tried type into the location: `constrained-int`, `literal['auto']`."""
+    return isinstance(part, str) and any(mark in part for mark in "-[(") or part in ("float", "int")
+
+
+def _keys_at(model: type[BaseModel], where: Sequence[str]) -> list[str]:
+    for key in where:
+        field = model.model_fields.get(key)
+        if field is None:
+            break
+        options = [field.annotation, *get_args(field.annotation)]
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """«did you mean …?», or an empty string when nothing is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known[:40])}"
