@@ -1,0 +1,33 @@
+"""Text to batches: readers, tokenizer, shards, packing, loader."""
+
+from pyper.data.loader import Batch, Loader, LoaderPosition
+from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
+from pyper.data.packing import Packing, document_ids, positions
+from pyper.data.prepare import prepare
+from pyper.data.readers import Document, ReadCounts, read_documents
+from pyper.data.shards import Documents, ShardWriter, TokenData
+from pyper.data.sources import SPLITS, Split
+from pyper.data.tokenizer import BOS, TextTokenizer
+
+__all__ = [
+    "BOS",
+    "SPLITS",
+    "Batch",
+    "DataManifest",
+    "Document",
+    "Documents",
+    "Loader",
+    "LoaderPosition",
+    "Packing",
+    "ReadCounts",
+    "ShardEntry",
+    "ShardWriter",
+    "Split",
+    "SplitEntry",
+    "TextTokenizer",
+    "TokenData",
+    "document_ids",
+    "positions",
+    "prepare",
+    "read_documents",
+]

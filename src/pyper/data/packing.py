@@ -1,0 +1,135 @@
+"""Documents to training windows: one endless stream per epoch, cut every `seq_len` tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyper.data.shards import Documents
+from pyper.errors import DataError
+
+
+def count_sequences(n_tokens: int, seq_len: int) -> int:
+    """Windows of `seq_len` + 1 tokens, overlapping by one, in a stream of `n_tokens`."""
+    return max(0, (n_tokens - 1) // seq_len)
+
+
+class Packing:
+    """The windows of one epoch.
+
+    The documents are put one after the other, shuffled by (`random_seed`, `epoch`), and cut into
+    windows of `seq_len` + 1 tokens that overlap by one, so that every token but the first is a
+    target exactly once. The windows come in a second shuffled order. The rest that fills no window
+    is dropped; which tokens those are changes with the epoch. With `shuffle=False` both orders
+    are those of `documents`, for evaluation.
+
+    Raises DataError when there is less text than one window.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        seq_len: int,
+        random_seed: int,
+        epoch: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.seq_len = seq_len
+        self.n_sequences = count_sequences(documents.n_tokens, seq_len)
+        if self.n_sequences == 0:
+            raise DataError(
+                f"{documents.n_documents:,} documents with {documents.n_tokens:,} tokens are too "
+                f"little for one sequence of {seq_len:,} tokens",
+                hint="add text, or lower `seq_len`",
+            )
+        self._shards = documents.shards
+        self._lay_out(documents, random_seed, epoch, shuffle)
+
+    def _lay_out(self, documents: Documents, random_seed: int, epoch: int, shuffle: bool) -> None:
+        order = np.arange(documents.n_documents)
+        self._windows: NDArray[np.int64] | None = None
+        if shuffle:
+            order = permutation(documents.n_documents, random_seed, epoch, purpose=0)
+            self._windows = permutation(self.n_sequences, random_seed, epoch, purpose=1)
+        ends = np.cumsum(documents.lengths[order])
+        self._first = ends - documents.lengths[order]  # where each document starts in the stream
+        self._shard = documents.shard_index[order]
+        # Token t of the stream is at t + shift in its document's shard.
+        self._shift = documents.starts[order] - self._first
+
+    def sequence(self, index: int) -> NDArray[np.int64]:
+        """Window `index` of the epoch, (seq_len + 1,)."""
+        window: NDArray[np.int64] = self.sequences([index])[0]
+        return window
+
+    def sequences(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """The windows at `indices`, (B, seq_len + 1). Raises IndexError for one out of range."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.n_sequences:
+            raise IndexError(f"there are {self.n_sequences:,} sequences")
+        if self._windows is not None:
+            wanted = self._windows[wanted]
+        out = np.empty((len(wanted), self.seq_len + 1), dtype=np.int64)
+        for row, start in zip(out, (wanted * self.seq_len).tolist(), strict=True):
+            self._fill(row, start)
+        return out
+
+    def _fill(self, row: NDArray[np.int64], start: int) -> None:
+        """Write the stream's tokens from `start` into `row`."""
+        stop = start + len(row)
+        first = int(self._first.searchsorted(start, side="right")) - 1
+        last = int(self._first.searchsorted(stop, side="left"))
+        if last - first > _MANY_PIECES:
+            self._fill_by_token(row, start, first, last)
+            return
+        bounds = [start, *self._first[first + 1 : last].tolist(), stop]
+        shards, shifts = self._shard[first:last].tolist(), self._shift[first:last].tolist()
+        for i, (shard, shift) in enumerate(zip(shards, shifts, strict=True)):
+            a, b = bounds[i], bounds[i + 1]
+            row[a - start : b - start] = self._shards[shard][a + shift : b + shift]
+
+    def _fill_by_token(self, row: NDArray[np.int64], start: int, first: int, last: int) -> None:
+        """The same for many short documents: one look-up for each shard, not each document."""
+        bounds = np.concatenate([[start], self._first[first + 1 : last], [start + len(row)]])
+        piece = np.repeat(np.arange(first, last), np.diff(bounds))  # document of each token
+        source = np.arange(start, start + len(row)) + self._shift[piece]
+        shard = self._shard[piece]
+        for number in np.unique(shard):
+            here = shard == number
+            row[here] = self._shards[number][source[here]]
+
+
+_MANY_PIECES = 32
+
+
+def permutation(n: int, random_seed: int, epoch: int, *, purpose: int) -> NDArray[np.int64]:
+    """A shuffled order of n things that only depends on the arguments.
+
+    The order of raw Philox numbers, not `Generator.permutation`: NumPy keeps the former the same
+    from release to release, and a resumed run must see the same batches.
+    """
+    key = np.array([random_seed % 2**64, epoch * 2 + purpose], dtype=np.uint64)
+    order: NDArray[np.int64] = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+    return order
+
+
+def document_ids(tokens: Tensor, bos_id: int) -> Tensor:
+    """Number of the document each token belongs to, int64 (B, T), of tokens (B, T).
+
+    Counts from 0 in each row where the row starts inside a document, from 1 where it starts one.
+    """
+    return (tokens == bos_id).cumsum(dim=-1)
+
+
+def positions(tokens: Tensor, bos_id: int) -> Tensor:
+    """Position of each token in its document, int64 (B, T), of tokens (B, T).
+
+    The first document of a row counts from the start of the row: where it began is out of sight.
+    """
+    index = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+    starts = torch.where(tokens == bos_id, index, torch.zeros_like(index))
+    return index - starts.cummax(dim=-1).values

@@ -1,0 +1,223 @@
+"""Which files there are, which domain and split each belongs to, and how to open them."""
+
+import difflib
+import gzip
+import hashlib
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+from pyper.errors import DataError, MissingExtraError
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+_COMPRESSED = (".gz", ".xz", ".zst")
+# fmt: off
+_TEXT = frozenset((
+    ".txt", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".yaml",
+    ".yml", ".toml", ".ini", ".log", ".srt", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp",
+    ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh", ".sql", ".r", ".jl", ".lua",
+))
+# fmt: on
+# Also Hugging Face's `train-00000-of-00002.parquet`.
+_SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test)(?:[-_]\d[-_\w]*)?", re.IGNORECASE)
+_COMPANIONS = re.compile(r"(readme|license|licence|copying|citation)\b.*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read: `name` is its path inside the source it was found in."""
+
+    path: Path
+    name: str
+    domain: str
+    split: Split | None
+    kind: Literal["text", "jsonl", "parquet"]
+
+    def sha256(self) -> str:
+        """Hash of the bytes on disk."""
+        with reading(self.path), self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
+    """All files to read (test, valid, train, then undecided), and how many were skipped.
+
+    A folder holds one domain for each sub-folder or file directly in it, or is itself one domain
+    when it holds nothing but train, valid and test. Hidden files do not count. Raises DataError
+    for a missing source, and where nothing is text.
+    """
+    if not sources:
+        raise DataError("no source was given", hint="name files or folders with text")
+    candidates = [found for source in sources for found in _find(source)]
+    unique = {found.path.resolve(): found for found in reversed(candidates)}
+    files, skipped = [], 0
+    for found in sorted(unique.values(), key=lambda found: (found.domain, found.name)):
+        kind = _kind(found.path)
+        skipped += kind is None
+        if kind is not None:
+            files.append(SourceFile(*found, kind))
+    if not files:
+        raise DataError(
+            f"no text in {', '.join(map(str, sources))} ({skipped} files are not text)",
+            hint="Pyper reads .txt, .jsonl and other text (also .gz, .xz, .zst), and .parquet",
+        )
+    rank = {"test": 0, "valid": 1, "train": 2, None: 3}
+    return sorted(files, key=lambda file: rank[file.split]), skipped
+
+
+class _Found(NamedTuple):
+    path: Path
+    name: str
+    domain: str
+    split: Split | None
+
+
+def _find(source: Path) -> Iterator[_Found]:
+    if source.is_file():
+        split = split_of(source)
+        parent = source.resolve().parent
+        yield _Found(source, source.name, _domain(parent if split else source), split)
+        return
+    if not source.is_dir():
+        raise _missing(source)
+    entries = _visible(source)
+    if _holds_only_splits(entries):
+        yield from _find_in_domain(source, _domain(source.resolve()), prefix=source.resolve().name)
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _find_in_domain(entry, _domain(entry), prefix=entry.name)
+        else:
+            yield _Found(entry, entry.name, _domain(entry), None)
+
+
+def _find_in_domain(folder: Path, domain: str, prefix: str) -> Iterator[_Found]:
+    entries = _visible(folder)
+    by_name = _holds_only_splits(entries)
+    for entry in entries:
+        # In a folder of source code a sub-folder `test` is code like any other.
+        split = split_of(entry) if entry.is_file() or by_name else None
+        if by_name and split is None:
+            continue
+        for path in [entry] if entry.is_file() else _walk(entry):
+            name = f"{prefix}/{path.relative_to(folder).as_posix()}"
+            yield _Found(path, name, domain, split)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for entry in _visible(folder):
+        if entry.is_file():
+            yield entry
+        elif not entry.is_symlink():  # a link to a parent would never end
+            yield from _walk(entry)
+
+
+def _visible(folder: Path) -> list[Path]:
+    with reading(folder):
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return sorted(entry for entry in entries if entry.is_file() or entry.is_dir())
+
+
+def _holds_only_splits(entries: Sequence[Path]) -> bool:
+    data = [entry for entry in entries if not _COMPANIONS.fullmatch(entry.name)]
+    return bool(data) and all(split_of(entry) for entry in data)
+
+
+def split_of(path: Path) -> Split | None:
+    """The split that a file's or folder's name stands for."""
+    found = _SPLIT_NAME.fullmatch(path.name.split(".")[0])
+    if not found:
+        return None
+    name = found[1].lower()
+    return "train" if name == "train" else "test" if name == "test" else "valid"
+
+
+def _domain(path: Path) -> str:
+    name = path.name
+    if path.is_file():
+        while Path(name).suffix.lower() in {*_COMPRESSED, *_TEXT, ".jsonl", ".ndjson", ".parquet"}:
+            name = Path(name).stem
+    return name.encode("utf-8", "replace").decode() or "text"
+
+
+def _kind(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+        inner = suffixes[-1] if suffixes else ""
+        return "jsonl" if inner in (".jsonl", ".ndjson") else "text" if inner in _TEXT else None
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
+    if suffix == ".parquet":
+        return "parquet"
+    return "text" if suffix in _TEXT or _looks_like_text(path) else None
+
+
+def _looks_like_text(path: Path) -> bool:
+    with reading(path), path.open("rb") as stream:
+        head = stream.read(4096)
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # not just a character cut in two by the 4096
+            return False
+    return b"\0" not in head
+
+
+def _missing(source: Path) -> DataError:
+    parent = source.resolve().parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(source.name, names, n=1)
+    hint = f"did you mean `{source.parent / close[0]}`?" if close else "check the path"
+    return DataError(f"there is no file or folder `{source}`", hint=hint)
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed. Raises MissingExtraError without zstandard."""
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path, "rb"))
+        case ".zst":
+            return _open_zst(path)
+        case _:
+            return path.open("rb")
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise MissingExtraError("zstandard", extra="data", needed_for=f"reading {path}") from None
+    return cast(BinaryIO, zstandard.open(path, "rb"))
+
+
+@contextmanager
+def reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what can go wrong with a file (and `errors`) into a DataError that names it."""
+    unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, *errors, *_zstd_errors())
+    try:
+        yield
+    except unreadable as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"cannot read {path}: {reason}",
+            hint="check its permissions, and that it was copied whole",
+        ) from error
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    try:
+        import zstandard
+    except ImportError:
+        return ()
+    return (zstandard.ZstdError,)

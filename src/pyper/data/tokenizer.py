@@ -1,0 +1,267 @@
+"""Text to token numbers and back, around the `tokenizers` library.
+
+Every document starts with one special token, `bos`, which also ends the document before it; no
+other special token exists for Pyper. Special tokens that occur in a user's text are text: somebody
+who writes `<|bos|>` in a document must not be able to start a new one.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pyper.errors import StorageError, TokenizerError
+
+BOS = "<|bos|>"
+_KNOWN_BOS = (BOS, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
+
+# Words, numbers of at most three digits, punctuation, line ends, spaces. Without the limit on
+# digits the vocabulary fills up with the years and the prices of the training text.
+_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+_PIECE_CHARS = 16_384
+"""Longer texts are encoded in pieces: both cores work, and one endless line stays linear."""
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with a `bos` token; ids are below `vocab_size`.
+
+    Raises TokenizerError where the tokenizer has no vocabulary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.bos_id = _find_or_add_bos(tokenizer)
+        # Not kept in tokenizer.json, so it is set at every load.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.vocab_size = _highest_id(tokenizer) + 1
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return settings
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical `tokenizer.json`: equal when the tokenizers are equal."""
+        canonical = json.dumps(self._settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without `bos`."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Token ids of each text, without `bos`; texts are encoded in parallel."""
+        if self._byte_ids is not None:
+            return [self._encode_bytes(text, self._byte_ids) for text in texts]
+        pieces = [self._pieces(text) for text in texts]
+        encodings = iter(
+            self._tokenizer.encode_batch_fast(
+                [piece for parts in pieces for piece in parts], add_special_tokens=False
+            )
+        )
+        return [
+            np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in parts])
+            for parts in pieces
+        ]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        """The text of `ids`, `bos` left out; bytes that are no UTF-8 become U+FFFD.
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        if self._bytes_of_id is None:
+            kept = [int(i) for i in ids if int(i) != self.bos_id]
+            text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+            return text
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> bytes:
+        """The UTF-8 bytes of `ids`, `bos` left out; may end in the middle of a character.
+
+        For streaming: feed the bytes to an incremental UTF-8 decoder. Tokenizers that are not
+        byte-level decode each id by itself. Raises TokenizerError for an id outside the vocabulary.
+        """
+        table = self._bytes_of_id
+        if table is None:
+            return b"".join(self.decode([i]).encode() for i in ids)
+        try:
+            return b"".join([table[i] for i in ids])
+        except IndexError:
+            raise TokenizerError(
+                f"a token id is outside the vocabulary of {self.vocab_size}",
+                hint="the model and the tokenizer belong to different data; use the pair that "
+                "was trained together",
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`. Raises StorageError when it cannot be written."""
+        try:
+            path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Read any `tokenizer.json`. Raises TokenizerError when it is not one."""
+        try:
+            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {path}: {error.strerror}",
+                hint="give `bpe`, `bytes`, or the path of a `tokenizer.json`",
+            ) from error
+        except Exception as error:  # the library raises bare Exceptions
+            if isinstance(error, TokenizerError):
+                raise
+            raise TokenizerError(
+                f"{path} is not a tokenizer.json: {error}",
+                hint="save it with `Tokenizer.save` or `save_pretrained` of a fast tokenizer",
+            ) from error
+
+    @classmethod
+    def train_bpe(cls, texts: Iterator[str], vocab_size: int) -> "TextTokenizer":
+        """Learn a byte-level BPE; little text gives fewer than `vocab_size` entries.
+
+        Raises TokenizerError when `vocab_size` does not hold 256 bytes and `bos`.
+        """
+        if vocab_size < 257:
+            raise TokenizerError(
+                f"`vocab_size` must be at least 257 (256 bytes and {BOS}), not {vocab_size}"
+            )
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[BOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        pieces = (piece for text in texts for piece in split_text(text))
+        tokenizer.train_from_iterator(pieces, trainer=trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def bytes_only(cls) -> "TextTokenizer":
+        """256 bytes and `bos`: nothing to train, nothing unknown, vocabulary of 257."""
+        vocab = {BOS: 0}
+        vocab |= {char: byte + 1 for byte, char in enumerate(_byte_characters())}
+        return cls(_byte_level(models.BPE(vocab=vocab, merges=[])))
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = self._settings["decoder"] or {}
+        return decoder.get("type") == "ByteLevel" and self._settings["normalizer"] is None
+
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes] | None:
+        if not self._is_byte_level:
+            return None
+        byte_of_char = {char: byte for byte, char in enumerate(_byte_characters())}
+        added = {token["id"] for token in self._settings["added_tokens"]}
+        table = [b""] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                table[index] = token.encode()
+            else:
+                table[index] = bytes(byte_of_char[char] for char in token)
+        table[self.bos_id] = b""
+        return table
+
+    @cached_property
+    def _byte_ids(self) -> NDArray[np.uint32] | None:
+        """Id of each byte where nothing is ever merged: encoding is then one array look-up."""
+        model = self._settings["model"]
+        if not self._is_byte_level or model["type"] != "BPE" or model["merges"]:
+            return None
+        ids = [self._tokenizer.token_to_id(char) for char in _byte_characters()]
+        return None if None in ids else np.array(ids, dtype=np.uint32)
+
+    def _encode_bytes(self, text: str, table: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        ids: NDArray[np.uint32] = table[np.frombuffer(text.encode(), dtype=np.uint8)]
+        return ids
+
+    def _pieces(self, text: str) -> list[str]:
+        # Others (sentencepiece) may mark the start of a text, and every piece would get the mark.
+        return split_text(text) if self._is_byte_level else [text]
+
+
+def split_text(text: str, chars: int = _PIECE_CHARS) -> list[str]:
+    """Cut a long text into pieces of at most `chars`, where no token crosses if possible.
+
+    Between a line end and a visible character the pre-tokenizer cuts anyway, so pieces give the
+    tokens of the whole; a text with no such place is cut at a space, or anywhere.
+    """
+    pieces, start = [], 0
+    while len(text) - start > chars:
+        stop = _cut(text, start, start + chars)
+        pieces.append(text[start:stop])
+        start = stop
+    pieces.append(text[start:])
+    return pieces
+
+
+def _cut(text: str, start: int, stop: int) -> int:
+    # Only the last eighth is searched: pieces stay long, and the search linear.
+    for pattern in (r"(?s:.*)\n(?=\S)", r"(?s:.*)\S(?= )"):
+        found = re.compile(pattern).match(text, stop - (stop - start) // 8, stop)
+        if found:
+            return found.end()
+    return stop
+
+
+def _byte_level(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(BOS, special=True, normalized=False)])
+    return tokenizer
+
+
+def _find_or_add_bos(tokenizer: Tokenizer) -> int:
+    for token in _KNOWN_BOS:
+        index = tokenizer.token_to_id(token)
+        if index is not None:
+            # A plain entry of that name would be matched inside a user's text.
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            return index
+    tokenizer.add_special_tokens([AddedToken(BOS, special=True, normalized=False)])
+    added = tokenizer.token_to_id(BOS)
+    if added is None:
+        raise TokenizerError(f"the tokenizer cannot hold the token {BOS}")
+    return added
+
+
+def _highest_id(tokenizer: Tokenizer) -> int:
+    # Not get_vocab_size: a vocabulary may have holes, and an embedding needs the highest id.
+    return max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
