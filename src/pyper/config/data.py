@@ -15,8 +15,6 @@ class DataConfig(Section):
     """A folder written by `pyper prepare`."""
     seq_len: int = Field(default=1024, ge=8)
     """Tokens per training sequence."""
-    attend_across_documents: bool = True
-    """False: a token attends only inside its own document, and positions restart there."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Threads that read ahead; the batches are the same for any number."""
 
@@ -33,7 +31,7 @@ class PrepareConfig(Section):
     min_chars: int = Field(default=1, ge=1)
     """Shorter documents are left out (and counted)."""
     split_by: Literal["document", "blank-line", "file"] = "document"
-    """How a `.txt` file is cut: `document` and `file` take it whole, `blank-line` at empty lines."""
+    """`document` and `file` take a text file whole, `blank-line` cuts it at empty lines."""
     text_key: str = "text"
     """The key that holds the text in `.jsonl` and `.parquet`."""
     shard_tokens: int = Field(default=100_000_000, ge=1024)

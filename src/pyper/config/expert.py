@@ -28,6 +28,10 @@ class ExpertConfig(Section):
     """0 takes the size of the data's tokenizer."""
     seq_len: int = Field(default=0, ge=0)
     """Longest context in tokens; 0 takes `[data] seq_len`."""
+    bos_id: int = Field(default=-1, ge=-1)
+    """The token that begins every document; -1 takes the tokenizer's."""
+    attend_across_documents: bool = True
+    """False: a token attends only inside its own document, and positions restart there."""
     d_model: int = Field(default=512, gt=0)
     n_layers: int = Field(default=8, gt=0)
     n_heads: int = Field(default=8, gt=0)
@@ -66,7 +70,7 @@ class ExpertConfig(Section):
         if self.n_heads % self.kv_heads:
             raise ConfigError(
                 f"`model.n_kv_heads` ({self.kv_heads}) must divide `n_heads` ({self.n_heads})",
-                hint=f"use one of {[n for n in range(1, self.n_heads + 1) if not self.n_heads % n]}",
+                hint="one key/value head for every 1, 2, 4 … query heads",
             )
         if self.dim_per_head % 2:
             raise ConfigError(

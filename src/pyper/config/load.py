@@ -131,7 +131,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> ConfigError:
 
 def _is_branch_of_union(part: str | int) -> bool:
     """Pydantic puts the tried type into the location: `constrained-int`, `literal['auto']`."""
-    return isinstance(part, str) and any(mark in part for mark in "-[(") or part in ("float", "int")
+    return (isinstance(part, str) and any(mark in part for mark in "-[(")) or part in (
+        "float",
+        "int",
+    )
 
 
 def _keys_at(model: type[BaseModel], where: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`[mixture]` and `[evaluate]`: how experts divide the data and are joined, and how that is judged."""
+"""`[mixture]` and `[evaluate]`: how experts divide the data, are joined, and are judged."""
 
 from typing import Literal
 
@@ -45,7 +45,7 @@ class MixtureConfig(Section):
             )
         if self.temperature != "auto" and not 0 < self.temperature <= 1:
             raise ConfigError(
-                f"`mixture.temperature` must be in (0, 1] or \"auto\", not {self.temperature}",
+                f'`mixture.temperature` must be in (0, 1] or "auto", not {self.temperature}',
                 hint="`0.1` is a good start",
             )
         return self

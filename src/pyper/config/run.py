@@ -117,9 +117,6 @@ class RunConfig(Section):
         return override is not None and any(key in override.train for key in _BUDGETS)
 
 
-
-
-
 def merge_train(train: TrainConfig, override: ExpertOverride) -> TrainConfig:
     """`[train]` with the keys of one `[[expert]]` in place; its budget replaces the run's."""
     values = train.model_dump()

@@ -1,0 +1,81 @@
+"""Held-out loss of one model, by domain."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyper.data import Documents, Packing, count_sequences
+from pyper.nn import Transformer
+
+# Tokens per forward pass: enough to fill a GPU, small enough that logits of 32k entries fit.
+_TOKENS_PER_PASS = 8192
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows of one domain's held-out text: `tokens` (N, T + 1), and its mean bytes per token."""
+
+    domain: str
+    tokens: Tensor
+    bytes_per_token: float
+
+    @property
+    def n_scored(self) -> int:
+        """Predictions made: T per window."""
+        return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+
+
+def held_out_windows(documents: Documents, seq_len: int, max_tokens: int) -> list[HeldOut]:
+    """Each domain's documents, in order, cut into windows of `seq_len` predictions.
+
+    At most `max_tokens` predictions per domain, spread evenly over the windows. A domain with less
+    than one window is left out.
+    """
+    windows = []
+    for index, domain in enumerate(documents.domains):
+        members = np.flatnonzero(documents.domain_index == index)
+        own = documents.select(members)
+        n_windows = count_sequences(own.n_tokens, seq_len)
+        if not n_windows:
+            continue
+        packing = Packing(own, seq_len, random_seed=0, epoch=0, shuffle=False)
+        wanted = max(1, min(n_windows, max_tokens // seq_len))
+        picked = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
+        tokens = torch.from_numpy(packing.sequences(picked))
+        ratio = float(own.n_bytes.sum()) / own.n_tokens
+        windows.append(HeldOut(domain, tokens, ratio))
+    return windows
+
+
+@torch.no_grad()
+def token_losses(model: Transformer, tokens: Tensor) -> Tensor:
+    """Nats of every prediction (N, T) float32 on CPU, for windows (N, T + 1)."""
+    losses = [_losses_of(model, part) for part in _passes(tokens, model)]
+    return torch.cat(losses)
+
+
+def _passes(tokens: Tensor, model: Transformer) -> Iterator[Tensor]:
+    rows = max(1, _TOKENS_PER_PASS // tokens.shape[1])
+    for part in tokens.split(rows):
+        yield part.to(model.device, non_blocking=True)
+
+
+def _losses_of(model: Transformer, tokens: Tensor) -> Tensor:
+    logits = model(tokens[:, :-1]).flatten(0, 1).float()
+    losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(len(tokens), -1).cpu()
+
+
+def domain_losses(model: Transformer, held_out: list[HeldOut]) -> dict[str, float]:
+    """Mean nats per token of each domain."""
+    return {h.domain: float(token_losses(model, h.tokens).double().mean()) for h in held_out}
+
+
+def mean_loss(by_domain: dict[str, float], held_out: list[HeldOut]) -> float:
+    """Mean over all predictions: domains count by their tokens."""
+    total = sum(h.n_scored for h in held_out)
+    return sum(by_domain[h.domain] * h.n_scored for h in held_out) / max(1, total)

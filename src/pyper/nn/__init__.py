@@ -1,0 +1,15 @@
+"""One expert: a decoder-only transformer. Experts do not know how they were routed."""
+
+from pyper.nn.counts import count_parameters, flops_per_token, train_flops_per_token
+from pyper.nn.init import init_weights
+from pyper.nn.kv_cache import KVCache
+from pyper.nn.transformer import Transformer
+
+__all__ = [
+    "KVCache",
+    "Transformer",
+    "count_parameters",
+    "flops_per_token",
+    "init_weights",
+    "train_flops_per_token",
+]

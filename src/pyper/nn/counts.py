@@ -1,0 +1,30 @@
+"""Parameters and floating-point operations, from the configuration alone."""
+
+import torch
+
+from pyper.config import ExpertConfig
+from pyper.nn.transformer import Transformer
+
+
+def count_parameters(config: ExpertConfig) -> int:
+    """Number of weights of one expert; nothing is allocated."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config: ExpertConfig, seq_len: int) -> int:
+    """Forward operations per token at a context of `seq_len`: 2·N + 4·L·T·(H·K).
+
+    N leaves the input table out (a look-up), and attention counts the whole square as is
+    customary (PaLM, arXiv:2204.02311, appendix B), though causal kernels skip half of it.
+    """
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    matrices = count_parameters(config) - lookup
+    width = config.n_heads * config.dim_per_head
+    return 2 * matrices + 4 * config.n_layers * seq_len * width
+
+
+def train_flops_per_token(config: ExpertConfig, seq_len: int) -> int:
+    """Forward and backward: three times the forward pass (6·N + 12·L·T·(H·K))."""
+    return 3 * flops_per_token(config, seq_len)

@@ -1,0 +1,53 @@
+"""Keys and values of the tokens that were read, preallocated."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyper.config import ExpertConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values (n_layers, B, kv_heads, S, K) and how much of each row is filled, (B,).
+
+    Rows may have different lengths: what lies beyond a row's length is never attended to.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ExpertConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "KVCache":
+        """Room for `capacity` tokens in each of `batch` rows."""
+        shape = (config.n_layers, batch, config.kv_heads, capacity, config.dim_per_head)
+        return cls(
+            keys=torch.zeros(shape, device=device, dtype=dtype),
+            values=torch.zeros(shape, device=device, dtype=dtype),
+            lengths=torch.zeros(batch, device=device, dtype=torch.long),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """S, the most tokens that a row can hold."""
+        return self.keys.shape[3]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Store keys and values (B, kv_heads, T, K) of one layer at positions (B, T)."""
+        index = positions[:, None, :, None].expand_as(keys)
+        self.keys[layer].scatter_(2, index, keys)
+        self.values[layer].scatter_(2, index, values)
+
+    def select_rows(self, rows: Tensor) -> "KVCache":
+        """A cache of some of the rows (copied)."""
+        return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])

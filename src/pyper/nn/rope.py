@@ -1,0 +1,71 @@
+"""Rotary position embeddings, half-split layout (RoFormer, arXiv:2104.09864, eq. 34)."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pyper.config import RopeScaling
+
+# Rotations per original context between which YaRN blends (arXiv:2309.00071, §3.2).
+_YARN_FAST, _YARN_SLOW = 32.0, 1.0
+
+
+@lru_cache(maxsize=64)
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> Tensor:
+    """Radians per position of each pair, (K/2,) float32; the scaling is already applied."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    if scaling is None:
+        frequencies = theta**-exponent
+    elif scaling.kind == "linear":
+        frequencies = theta**-exponent / scaling.factor
+    elif scaling.kind == "ntk":
+        frequencies = (theta * scaling.factor ** (head_dim / (head_dim - 2))) ** -exponent
+    else:
+        frequencies = _yarn(theta**-exponent, theta, head_dim, scaling)
+    return frequencies.float().to(device)
+
+
+def _yarn(frequencies: Tensor, theta: float, head_dim: int, scaling: RopeScaling) -> Tensor:
+    """Keep fast pairs, interpolate slow ones, blend between (arXiv:2309.00071, eq. 19–22)."""
+
+    def pair_with(rotations: float) -> float:
+        wavelength = scaling.original_seq_len / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(_YARN_FAST)), 0)
+    high = min(math.ceil(pair_with(_YARN_SLOW)), head_dim - 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float64)
+    interpolated = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - interpolated) + frequencies / scaling.factor * interpolated
+
+
+def attention_scale(scaling: RopeScaling | None) -> float:
+    """Factor on cos and sin: YaRN's 0.1·ln s + 1, otherwise 1."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotation(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., K/2), float32, of integer positions (...)."""
+    frequencies = inverse_frequencies(head_dim, theta, scaling, positions.device)
+    # float32: in bfloat16 the angles of position 1000 are off by whole turns
+    angles = positions.float().unsqueeze(-1) * frequencies
+    scale = attention_scale(scaling)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) of x (B, H, T, K) by the angles of its position.
+
+    cos, sin: (T, K/2), or (B, 1, T, K/2) where positions differ by row.
+    """
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)

@@ -1,0 +1,44 @@
+"""Losses, in float32 and causal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyper.data import Batch
+from pyper.nn import Transformer
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A sum of losses and the weight it is divided by: sums add up over micro-batches."""
+
+    total: Tensor
+    """Scalar, nats."""
+    weight: Tensor
+    """Scalar, usually the number of tokens."""
+
+
+LossFunction = Callable[[Transformer, Batch], LossSum]
+"""What a batch costs. The loop divides the sum of `total` by the sum of `weight`."""
+
+BatchTransform = Callable[[Batch], Batch]
+"""Changes a batch before the model sees it: masks, noise, other targets."""
+
+
+def next_token_loss(model: Transformer, batch: Batch) -> LossSum:
+    """Cross-entropy of the next token, in nats, weighted by `batch.weights` where given."""
+    return token_loss(model(batch.tokens), batch)
+
+
+def token_loss(logits: Tensor, batch: Batch) -> LossSum:
+    """Sum of cross-entropies of logits (B, T, V) against the batch's targets."""
+    flat = logits.flatten(0, 1).float()
+    if batch.weights is None:
+        total = F.cross_entropy(flat, batch.targets.flatten(), reduction="sum")
+        return LossSum(total, torch.tensor(float(batch.targets.numel()), device=total.device))
+    losses = F.cross_entropy(flat, batch.targets.flatten(), reduction="none")
+    weights = batch.weights.flatten().float()
+    return LossSum((losses * weights).sum(), weights.sum())

@@ -1,0 +1,103 @@
+"""`metrics.jsonl`, and the trackers that may run beside it."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from pyper.config import TrackConfig
+from pyper.errors import MissingExtraError
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where numbers go."""
+
+    def write(self, record: Record) -> None:
+        """Take one record; `step` is always among its keys."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class MetricsFile:
+    """One JSON object per line; a resumed run continues after its checkpoint's step."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _read_lines(path) if json.loads(line)["step"] <= resume_step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Whole lines only: a killed process may have left half of one."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(True) if line[-1:] == "\n"]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a `metrics.jsonl`."""
+    return [json.loads(line) for line in _read_lines(path)]
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError(
+                "tensorboard", extra="track", needed_for="`track.tensorboard`"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, record: Record) -> None:
+        """Write every number of a record under its key."""
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "step":
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self._writer.close()
+
+
+class WandbSink:
+    """Records for Weights & Biases."""
+
+    def __init__(self, project: str, folder: Path, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise MissingExtraError("wandb", extra="track", needed_for="`track.wandb`") from None
+        self._run = wandb.init(project=project, name=name, dir=str(folder), resume="allow")
+
+    def write(self, record: Record) -> None:
+        """Log one record."""
+        self._run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def open_sinks(folder: Path, name: str, track: TrackConfig, resume_step: int) -> list[Sink]:
+    """`metrics.jsonl` always, and what `[track]` asks for."""
+    sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", resume_step)]
+    if track.tensorboard:
+        sinks.append(TensorBoardSink(folder))
+    if track.wandb is not None:
+        sinks.append(WandbSink(track.wandb, folder, name))
+    return sinks

@@ -1,0 +1,53 @@
+"""How many sequences fit through the model at once."""
+
+import torch
+
+from pyper.config import TrainConfig
+from pyper.data import Batch
+from pyper.nn import Transformer
+from pyper.train.loss import LossFunction
+from pyper.train.step import explain_out_of_memory
+
+# On a CPU larger passes only fall out of the caches.
+_CPU_TOKENS = 2048
+
+
+def choose_micro_batch_size(
+    model: Transformer, config: TrainConfig, seq_len: int, loss_fn: LossFunction
+) -> int:
+    """`micro_batch_size`, or for "auto" the largest divisor of the batch that fits the device.
+
+    The choice changes speed and memory only: gradients are summed over the whole batch.
+    """
+    batch_size = config.global_batch_tokens // seq_len
+    if config.micro_batch_size != "auto":
+        return min(config.micro_batch_size, batch_size)
+    candidates = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
+    if model.device.type != "cuda":
+        limit = max(1, _CPU_TOKENS // seq_len)
+        return next(n for n in candidates if n <= limit)
+    for size in candidates:
+        if _fits(model, size, seq_len, loss_fn):
+            return size
+    return 1
+
+
+def _fits(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) -> bool:
+    """Try one forward and backward pass; leaves room for the optimizer's states."""
+    before = torch.cuda.memory_allocated(model.device)
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    tokens = torch.zeros(size, seq_len, dtype=torch.long, device=model.device)
+    try:
+        loss_fn(model, Batch(tokens, tokens)).total.backward()  # type: ignore[no-untyped-call]
+        peak = torch.cuda.max_memory_allocated(model.device)
+    except RuntimeError as error:
+        if explain_out_of_memory(error, "", size) is None:
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
+    # Adam's two moments, float32 sums of gradients: 12 bytes per weight still to come.
+    states = 12 * sum(p.numel() for p in model.parameters())
+    return max(peak, before) + states < 0.92 * total

@@ -1,0 +1,80 @@
+"""One optimizer step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pyper.data import Batch
+from pyper.errors import NonFiniteError, OutOfMemoryError
+from pyper.nn import Transformer
+from pyper.train.loss import LossFunction
+from pyper.train.optimizer import ExpertOptimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured."""
+
+    loss: float
+    """Nats per token (per unit of weight), before the update."""
+    gradient_norm: float
+    """Before clipping."""
+
+
+def train_step(
+    model: Transformer,
+    micro_batches: Sequence[Batch],
+    optimizer: ExpertOptimizer,
+    rate_factor: float,
+    loss_fn: LossFunction,
+) -> StepResult:
+    """Accumulate gradients over `micro_batches`, check them, update the weights.
+
+    The result does not depend on how the batch was cut: sums of losses are divided by the sum of
+    weights at the end. Raises NonFiniteError before anything was updated, OutOfMemoryError.
+    """
+    # 1. gradients of the summed loss
+    total = torch.zeros((), device=model.device)
+    weight = torch.zeros((), device=model.device)
+    for batch in micro_batches:
+        loss = loss_fn(model, batch.to(model.device))
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        optimizer.collect_gradients()
+        total += loss.total.detach()
+        weight += loss.weight
+
+    # 2. the mean: one number of tokens for the whole batch
+    norm = optimizer.clip_gradients(scale=1.0 / weight)
+    result = StepResult(float(total / weight), float(norm))
+
+    # 3. never update with a poisoned gradient
+    if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+        optimizer.clear_gradients()
+        raise NonFiniteError(
+            f"the loss is {result.loss:g} and the gradient norm {result.gradient_norm:g}",
+            hint="lower `train.learning_rate`, or lengthen `train.warmup_steps`",
+        )
+
+    # 4. the update
+    optimizer.step(rate_factor)
+    return result
+
+
+def explain_out_of_memory(
+    error: BaseException, name: str, micro_batch_size: int
+) -> OutOfMemoryError | None:
+    """The PyperError for a device that is full; None for any other error."""
+    is_full = isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if not is_full:
+        return None
+    hint = f"try `--set train.micro_batch_size={max(1, micro_batch_size // 2)}` (same results)"
+    if micro_batch_size == 1:
+        hint = "lower `data.seq_len` or the size of the model"
+    first_line = str(error).splitlines()[0]
+    return OutOfMemoryError(
+        f"{name}: out of memory at {micro_batch_size} sequences per pass: {first_line}", hint=hint
+    )
