@@ -1,5 +1,6 @@
 """Text to batches: readers, tokenizer, shards, packing, loader."""
 
+from pyper.data.embedded import HarvestReport, harvest
 from pyper.data.loader import Batch, Loader, LoaderPosition
 from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
 from pyper.data.packing import Packing, document_ids, positions
@@ -16,6 +17,7 @@ __all__ = [
     "DataManifest",
     "Document",
     "Documents",
+    "HarvestReport",
     "Loader",
     "LoaderPosition",
     "Packing",
@@ -27,6 +29,7 @@ __all__ = [
     "TextTokenizer",
     "TokenData",
     "document_ids",
+    "harvest",
     "positions",
     "prepare",
     "read_documents",

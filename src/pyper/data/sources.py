@@ -3,6 +3,7 @@
 import difflib
 import gzip
 import hashlib
+import io
 import lzma
 import re
 import zlib
@@ -18,13 +19,11 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 _COMPRESSED = (".gz", ".xz", ".zst")
-# fmt: off
 _TEXT = frozenset((
     ".txt", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".yaml",
     ".yml", ".toml", ".ini", ".log", ".srt", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp",
     ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh", ".sql", ".r", ".jl", ".lua",
-))
-# fmt: on
+))  # fmt: skip
 # Also Hugging Face's `train-00000-of-00002.parquet`.
 _SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test)(?:[-_]\d[-_\w]*)?", re.IGNORECASE)
 _COMPANIONS = re.compile(r"(readme|license|licence|copying|citation)\b.*", re.IGNORECASE)
@@ -198,13 +197,15 @@ def _open_zst(path: Path) -> BinaryIO:
         import zstandard
     except ImportError:
         raise MissingExtraError("zstandard", extra="data", needed_for=f"reading {path}") from None
-    return cast(BinaryIO, zstandard.open(path, "rb"))
+    raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+    return cast(BinaryIO, io.BufferedReader(raw))  # the reader alone has no lines
 
 
 @contextmanager
 def reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """Turn what can go wrong with a file (and `errors`) into a DataError that names it."""
-    unreadable = (OSError, EOFError, lzma.LZMAError, zlib.error, *errors, *_zstd_errors())
+    unreadable: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    unreadable += (*errors, *_zstd_errors())
     try:
         yield
     except unreadable as error:
