@@ -1,13 +1,14 @@
 import gzip
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import pytest
 
 from pyper.config import PrepareConfig
 from pyper.data import Document, ReadCounts, read_documents
-from pyper.errors import DataError
+from pyper.errors import DataError, MissingExtraError
 
 
 def read(*sources: Path, **settings: object) -> tuple[list[Document], ReadCounts]:
@@ -107,6 +108,19 @@ def test_what_is_mended_is_counted(tmp_path: Path) -> None:
     assert (counts.bad_utf8, counts.nul_bytes, counts.byte_order_marks) == (1, 1, 1)
 
 
+def test_a_byte_order_mark_does_not_cost_the_first_json_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    documents, counts = read(tmp_path)
+    assert [d.text for d in documents] == ["one", "two"]
+    assert (counts.byte_order_marks, counts.malformed_lines) == (1, 0)
+
+
+def test_a_readme_beside_domains_is_no_domain(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "law.txt").write_text("law")
+    assert [d.domain for d in read(tmp_path)[0]] == ["law"]
+
+
 def test_utf16_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("wörd".encode("utf-16"))
     assert texts(tmp_path) == ["wörd"]
@@ -175,3 +189,16 @@ def test_a_missing_source_gets_a_suggestion(tmp_path: Path) -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_an_optional_package_is_named_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=package) as caught:
+        read(tmp_path)
+    assert "pyper[data]" in caught.value.hint

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pyper.data.tokenizer import BOS, TextTokenizer, split_text
 from pyper.errors import TokenizerError
@@ -99,10 +99,28 @@ def test_a_foreign_tokenizer_gets_a_bos_token(tmp_path: Path) -> None:
 
 
 def test_a_foreign_end_of_text_token_serves_as_bos(tmp_path: Path) -> None:
-    foreign = Tokenizer(models.WordLevel({"one": 0, "<|endoftext|>": 1, "?": 2}, unk_token="?"))
+    foreign = Tokenizer(models.WordLevel({"one": 0, "?": 1}, unk_token="?"))
+    foreign.add_special_tokens(["<|endoftext|>"])
     foreign.save(str(tmp_path / "tokenizer.json"))
     tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos_id, tokenizer.vocab_size) == (1, 3)
+    assert (tokenizer.bos_id, tokenizer.vocab_size) == (2, 3)
+
+
+def test_an_ordinary_entry_that_looks_like_bos_stays_text(tmp_path: Path) -> None:
+    foreign = Tokenizer(models.WordLevel({"<s>": 0, "?": 1}, unk_token="?"))
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("<s>") == [0]
+    assert tokenizer.bos_id == 2
+
+
+def test_a_byte_level_tokenizer_that_normalizes_streams_bytes_too(tmp_path: Path) -> None:
+    TRAINED.save(tmp_path / "tokenizer.json")
+    foreign = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    foreign.normalizer = normalizers.NFC()
+    tokenizer = TextTokenizer(foreign)
+    assert tokenizer.decode(tokenizer.encode("e\u0301")) == "é"
+    assert b"".join(tokenizer.decode_bytes([i]) for i in tokenizer.encode("é")) == "é".encode()
 
 
 @pytest.mark.parametrize("content", ["", "{}", json.dumps({"model": {"type": "Nothing"}})])

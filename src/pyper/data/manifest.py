@@ -13,7 +13,6 @@ from pyper.errors import DataError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-VERSION = 1
 
 
 class _Entry(BaseModel):
@@ -79,7 +78,7 @@ class DataManifest(_Entry):
 
     def total(self, split: Split) -> SplitEntry:
         """Documents, tokens and bytes of a split over all domains; no shards."""
-        entries = [splits[split] for splits in self.domains.values()]
+        entries = [splits[split] for splits in self.domains.values() if split in splits]
         return SplitEntry(
             documents=sum(entry.documents for entry in entries),
             tokens=sum(entry.tokens for entry in entries),

@@ -11,6 +11,9 @@ from torch import Tensor
 from pyper.data.shards import Documents
 from pyper.errors import DataError
 
+_MANY_PIECES = 64
+"""A window of more documents is gathered token by token, which is then faster."""
+
 
 def count_sequences(n_tokens: int, seq_len: int) -> int:
     """Windows of `seq_len` + 1 tokens, overlapping by one, in a stream of `n_tokens`."""
@@ -86,11 +89,11 @@ class Packing:
         if last - first > _MANY_PIECES:
             self._fill_by_token(row, start, first, last)
             return
-        bounds = [start, *self._first[first + 1 : last].tolist(), stop]
-        shards, shifts = self._shard[first:last].tolist(), self._shift[first:last].tolist()
-        for i, (shard, shift) in enumerate(zip(shards, shifts, strict=True)):
-            a, b = bounds[i], bounds[i + 1]
-            row[a - start : b - start] = self._shards[shard][a + shift : b + shift]
+        bounds = np.concatenate([[start], self._first[first + 1 : last], [stop]])
+        shifts = self._shift[first:last]
+        begins, ends = (bounds[:-1] + shifts).tolist(), (bounds[1:] + shifts).tolist()
+        pieces = zip(self._shard[first:last].tolist(), begins, ends, strict=True)
+        np.concatenate([self._shards[shard][a:b] for shard, a, b in pieces], out=row)
 
     def _fill_by_token(self, row: NDArray[np.int64], start: int, first: int, last: int) -> None:
         """The same for many short documents: one look-up for each shard, not each document."""
@@ -98,12 +101,9 @@ class Packing:
         piece = np.repeat(np.arange(first, last), np.diff(bounds))  # document of each token
         source = np.arange(start, start + len(row)) + self._shift[piece]
         shard = self._shard[piece]
-        for number in np.unique(shard):
+        for number in np.unique(self._shard[first:last]):
             here = shard == number
             row[here] = self._shards[number][source[here]]
-
-
-_MANY_PIECES = 32
 
 
 def permutation(n: int, random_seed: int, epoch: int, *, purpose: int) -> NDArray[np.int64]:

@@ -132,7 +132,7 @@ def _json_text(
 ) -> str | None:
     """The text of one line, None when malformed; `strict` refuses an object without the key."""
     try:
-        record = json.loads(_decode(line, counts))
+        record = json.loads(_without_mark(_decode(line, counts), counts))
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
@@ -184,13 +184,18 @@ def _decode(data: bytes, counts: ReadCounts) -> str:
 
 
 def _clean(text: str, counts: ReadCounts) -> str:
-    if text.startswith("\ufeff"):
-        counts.byte_order_marks += 1
-        text = text.lstrip("\ufeff")
+    text = _without_mark(text, counts)
     if "\0" in text:
         counts.nul_bytes += 1
         text = text.replace("\0", "")
     return _without_surrogates(text.replace("\r\n", "\n"), counts)
+
+
+def _without_mark(text: str, counts: ReadCounts) -> str:
+    if not text.startswith("\ufeff"):
+        return text
+    counts.byte_order_marks += 1
+    return text.lstrip("\ufeff")
 
 
 def _without_surrogates(text: str, counts: ReadCounts) -> str:

@@ -140,7 +140,7 @@ class TokenData:
         shards = [
             (self.domains.index(name), shard)
             for name in chosen
-            for shard in self.manifest.domains[name][split].shards
+            for shard in self.manifest.domains[name].get(split, SplitEntry()).shards
         ]
         key = "\0".join([self.manifest.fingerprint, split, *chosen])
         return _open_documents(self, shards, hashlib.sha256(key.encode()).hexdigest())

@@ -49,8 +49,9 @@ def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
     """All files to read (test, valid, train, then undecided), and how many were skipped.
 
     A folder holds one domain for each sub-folder or file directly in it, or is itself one domain
-    when it holds nothing but train, valid and test. Hidden files do not count. Raises DataError
-    for a missing source, and where nothing is text.
+    when it holds nothing but train, valid and test. Hidden files do not count, nor do README and
+    LICENSE beside domains or splits. Raises DataError for a missing source, and where nothing is
+    text.
     """
     if not sources:
         raise DataError("no source was given", hint="name files or folders with text")
@@ -86,7 +87,7 @@ def _find(source: Path) -> Iterator[_Found]:
         return
     if not source.is_dir():
         raise _missing(source)
-    entries = _visible(source)
+    entries = _data_entries(source)
     if _holds_only_splits(entries):
         yield from _find_in_domain(source, _domain(source.resolve()), prefix=source.resolve().name)
         return
@@ -98,13 +99,11 @@ def _find(source: Path) -> Iterator[_Found]:
 
 
 def _find_in_domain(folder: Path, domain: str, prefix: str) -> Iterator[_Found]:
-    entries = _visible(folder)
-    by_name = _holds_only_splits(entries)
+    by_name = _holds_only_splits(_data_entries(folder))
+    entries = _data_entries(folder) if by_name else _visible(folder)
     for entry in entries:
         # In a folder of source code a sub-folder `test` is code like any other.
         split = split_of(entry) if entry.is_file() or by_name else None
-        if by_name and split is None:
-            continue
         for path in [entry] if entry.is_file() else _walk(entry):
             name = f"{prefix}/{path.relative_to(folder).as_posix()}"
             yield _Found(path, name, domain, split)
@@ -124,9 +123,12 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in entries if entry.is_file() or entry.is_dir())
 
 
+def _data_entries(folder: Path) -> list[Path]:
+    return [entry for entry in _visible(folder) if not _COMPANIONS.fullmatch(entry.name)]
+
+
 def _holds_only_splits(entries: Sequence[Path]) -> bool:
-    data = [entry for entry in entries if not _COMPANIONS.fullmatch(entry.name)]
-    return bool(data) and all(split_of(entry) for entry in data)
+    return bool(entries) and all(split_of(entry) for entry in entries)
 
 
 def split_of(path: Path) -> Split | None:

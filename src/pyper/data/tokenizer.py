@@ -168,21 +168,18 @@ class TextTokenizer:
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        decoder = self._settings["decoder"] or {}
-        return decoder.get("type") == "ByteLevel" and self._settings["normalizer"] is None
+        return (self._settings["decoder"] or {}).get("type") == "ByteLevel"
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes] | None:
         if not self._is_byte_level:
             return None
-        byte_of_char = {char: byte for byte, char in enumerate(_byte_characters())}
         added = {token["id"] for token in self._settings["added_tokens"]}
+        byte_of_char = {char: byte for byte, char in enumerate(_byte_characters())}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                table[index] = token.encode()
-            else:
-                table[index] = bytes(byte_of_char[char] for char in token)
+            spelled = index not in added and all(char in byte_of_char for char in token)
+            table[index] = bytes(byte_of_char[c] for c in token) if spelled else token.encode()
         table[self.bos_id] = b""
         return table
 
@@ -190,7 +187,8 @@ class TextTokenizer:
     def _byte_ids(self) -> NDArray[np.uint32] | None:
         """Id of each byte where nothing is ever merged: encoding is then one array look-up."""
         model = self._settings["model"]
-        if not self._is_byte_level or model["type"] != "BPE" or model["merges"]:
+        plain = self._is_byte_level and self._settings["normalizer"] is None
+        if not plain or model["type"] != "BPE" or model["merges"]:
             return None
         ids = [self._tokenizer.token_to_id(char) for char in _byte_characters()]
         return None if None in ids else np.array(ids, dtype=np.uint32)
@@ -201,7 +199,9 @@ class TextTokenizer:
 
     def _pieces(self, text: str) -> list[str]:
         # Others (sentencepiece) may mark the start of a text, and every piece would get the mark.
-        return split_text(text) if self._is_byte_level else [text]
+        normalizer = self._settings["normalizer"]
+        local = normalizer is None or normalizer["type"] == "NFC"
+        return split_text(text) if self._is_byte_level and local else [text]
 
 
 def split_text(text: str, chars: int = _PIECE_CHARS) -> list[str]:
@@ -237,22 +237,27 @@ def _byte_level(model: models.Model) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(BOS, special=True, normalized=False)])
+    _add_special(tokenizer, BOS)
     return tokenizer
 
 
 def _find_or_add_bos(tokenizer: Tokenizer) -> int:
-    for token in _KNOWN_BOS:
-        index = tokenizer.token_to_id(token)
-        if index is not None:
-            # A plain entry of that name would be matched inside a user's text.
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-            return index
-    tokenizer.add_special_tokens([AddedToken(BOS, special=True, normalized=False)])
-    added = tokenizer.token_to_id(BOS)
-    if added is None:
+    # Only among the added tokens: a BPE of HTML may have a plain entry `<s>`, which is text.
+    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    for name in _KNOWN_BOS:
+        if name in added:
+            _add_special(tokenizer, name)
+            return int(added[name])
+    _add_special(tokenizer, BOS)
+    index = tokenizer.token_to_id(BOS)
+    if index is None:
         raise TokenizerError(f"the tokenizer cannot hold the token {BOS}")
-    return added
+    return index
+
+
+def _add_special(tokenizer: Tokenizer, name: str) -> None:
+    # Marked as special, or it would be found inside a user's text.
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
 
 
 def _highest_id(tokenizer: Tokenizer) -> int:
