@@ -1,14 +1,11 @@
 import errno
 import json
 import os
-import signal
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
-from small_checkpoints import save
+from small_checkpoints import run_python, save, start_python
 
 from pyper.checkpoint import (
     CheckpointStore,
@@ -19,71 +16,70 @@ from pyper.checkpoint import (
 )
 from pyper.errors import StorageError
 
-Process = Callable[[str, Path], tuple[int, str]]
+# Kills itself at the n-th call of one function of `os`, once for each folder named
+# FUNCTION-n-STEP. One process forks them all: importing torch takes longer than dying.
+KILLS = """
+def dying(original, n):
+    calls = iter(range(1, 1000))
+    def call(*args, **kwargs):
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return call
 
-# Kill this process at its n-th call of one function of `os`.
-DIE_AT = """
-calls = 0
-original = os.{function}
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {n}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-os.{function} = dying
-store.save({step}, weights, state, {{"position": 2}}, best=True)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    child = os.fork()
+    if child == 0:
+        function, n, step = folder.name.split("-")
+        setattr(os, function, dying(getattr(os, function), int(n)))
+        store = CheckpointStore(folder, keep_last=1)
+        store.save(int(step), weights, state, {"position": 2}, best=step == "2")
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, folder
 """
+FAILPOINTS = {
+    "fsync-1-2": 1,  # the files are written, nothing is on the disk
+    "fsync-5-2": 1,  # the manifest is being flushed
+    "rename-1-2": 1,  # complete, but not in place
+    "fsync-7-2": 2,  # in place
+    "symlink-1-2": 2,  # before `best`
+    "replace-1-2": 2,
+    "rename-2-2": 2,  # pruning the previous one
+    "rename-1-1": 1,  # writing the only step again: before the old one is set aside
+    "rename-2-1": 1,  # and while no folder has its name
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per failpoint: step 1 was saved, then a process died while saving."""
+    root = tmp_path_factory.mktemp("killed")
+    for name in FAILPOINTS:
+        save(CheckpointStore(root / name), 1, best=True)
+    assert run_python(KILLS, root) == (0, "")
+    return root
 
 
 def hidden(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize(
-    ("function", "n", "loads"),
-    [
-        ("fsync", 1, 1),  # the files are written, nothing is on the disk
-        ("fsync", 5, 1),  # the manifest is being flushed
-        ("rename", 1, 1),  # complete, but not in place
-        ("fsync", 7, 2),  # in place
-        ("symlink", 1, 2),  # before `best`
-        ("replace", 1, 2),
-        ("rename", 2, 2),  # pruning the previous one
-    ],
-)
-def test_a_kill_inside_a_save_leaves_a_checkpoint(
-    function: str, n: int, loads: int, tmp_path: Path, python_process: Process
-) -> None:
-    store = CheckpointStore(tmp_path, keep_last=1)
-    save(store, 1, best=True)
-    status, _ = python_process(DIE_AT.format(function=function, n=n, step=2), tmp_path)
-    assert status == -signal.SIGKILL
+@pytest.mark.parametrize("failpoint", FAILPOINTS)
+def test_a_kill_inside_a_save_leaves_a_checkpoint(failpoint: str, killed: Path) -> None:
+    folder = killed / failpoint
+    store = CheckpointStore(folder, keep_last=1)
     latest = store.load_latest()
     assert latest is not None
-    assert latest.step == loads
+    assert latest.step == FAILPOINTS[failpoint]
+    assert store.warnings == []
     assert store.load_best() is not None
-    assert hidden(tmp_path / "checkpoints") == []  # the dead writer's folder is gone
+    assert hidden(folder / "checkpoints") == []  # the dead writer's folder is gone
     save(store, 3, best=True)
     assert store.steps() == [3]
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_kill_while_a_step_is_replaced_loses_nothing(
-    n: int, tmp_path: Path, python_process: Process
-) -> None:
-    store = CheckpointStore(tmp_path)
-    save(store, 2)  # the only one, and the one that is written again
-    python_process(DIE_AT.format(function="rename", n=n, step=2), tmp_path)
-    latest = store.load_latest()
-    assert latest is not None
-    assert latest.step == 2
-    assert hidden(tmp_path / "checkpoints") == []
-
-
-def test_a_full_disk_at_any_size_leaves_the_previous_checkpoint(
-    tmp_path: Path, python_process: Process
-) -> None:
+def test_a_full_disk_at_any_size_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=1)
     save(store, 1)
     body = """
@@ -102,7 +98,7 @@ def test_a_full_disk_at_any_size_leaves_the_previous_checkpoint(
         assert os.listdir(store.folder / "checkpoints") == ["step-0000001"]
         assert store.load_latest().step == 1
     """
-    assert python_process(body, tmp_path) == (0, "")
+    assert run_python(body, tmp_path) == (0, "")
     assert store.steps() == [1]
 
 
@@ -182,10 +178,8 @@ def test_an_existing_folder_stays_when_its_successor_fails(tmp_path: Path) -> No
     assert hidden(tmp_path) == []
 
 
-def test_a_live_writer_is_not_swept_away_and_a_dead_one_is(
-    tmp_path: Path, background: Callable[[str, Path], Popen[str]]
-) -> None:
-    writer = background(
+def test_a_live_writer_is_not_swept_away_and_a_dead_one_is(tmp_path: Path) -> None:
+    writer = start_python(
         """
         import time
         from pyper.checkpoint import write_folder_atomically

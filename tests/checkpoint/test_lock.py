@@ -1,11 +1,10 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
+from small_checkpoints import start_python
 
 from pyper.checkpoint import folder_lock
 from pyper.errors import LockedError
@@ -29,10 +28,8 @@ def test_a_second_writer_is_refused_at_once_and_told_who_writes(tmp_path: Path) 
         pass
 
 
-def test_another_process_is_refused_until_the_holder_is_killed(
-    tmp_path: Path, background: Callable[[str, Path], Popen[str]]
-) -> None:
-    holder = background(HOLD, tmp_path)
+def test_another_process_is_refused_until_the_holder_is_killed(tmp_path: Path) -> None:
+    holder = start_python(HOLD, tmp_path)
     with pytest.raises(LockedError, match=f"process {holder.pid} on "):
         folder_lock(tmp_path).__enter__()
     holder.send_signal(signal.SIGKILL)

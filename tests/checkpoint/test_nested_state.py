@@ -133,6 +133,13 @@ def test_one_tensor_at_two_places_is_stored_once() -> None:
     assert back["b"][0] is back["a"]
 
 
+def test_equal_paths_do_not_hide_each_other() -> None:
+    state = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}}
+    tensors, skeleton = flatten_state(state)
+    assert same_state(unflatten_state(tensors, skeleton), state)
+    assert len(tensors) == 2
+
+
 def test_what_cannot_be_saved_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"`a\.1` holds a function"):
         flatten_state({"a": [0, draws]})

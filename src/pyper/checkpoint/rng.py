@@ -14,7 +14,7 @@ def capture_rng() -> dict[str, Any]:
     Nested, as `flatten_state` takes it. CUDA is asked only once it is in use: asking would open a
     context on every visible device.
     """
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call, unused-ignore]
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
