@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyper.config import PrepareConfig
-from pyper.data import HarvestReport, embedded, harvest, prepare
+from pyper.data import HarvestReport, embedded, harvest, harvest_code, prepare
 from pyper.errors import DataError, StorageError
 
 CAP = 40_000
@@ -58,6 +58,24 @@ def test_nothing_tells_of_this_machine(report: HarvestReport, folder: Path) -> N
         for text in texts(folder, name):
             assert not any(len(place) > 5 and place in text for place in places)
             assert not re.search(r"0x7f[0-9a-f]{8}", text)
+
+
+def test_bytecode_whose_order_changes_from_run_to_run_is_left_out() -> None:
+    body = "\n".join(f"    x = y + {i}" for i in range(20))
+    source = f"def f(y):\n{body}\ndef g(y):\n    y in {{'a', 'b'}}\n{body}\n"
+    listings = list(harvest_code._listings(compile(source, "", "exec")))
+    assert [listing.split("(")[0] for listing in listings] == ["f"]
+
+
+def test_code_is_stripped_of_comments_and_docstrings() -> None:
+    body = "\n".join(f"    x = y + {i}  # kept" for i in range(20))
+    source = f'# gone\ndef f(y):\n    """Gone."""\n    # gone\n{body}\n'
+    assert list(harvest_code._definitions(source)) == [f"def f(y):\n{body}\n"]
+
+
+def test_licences_at_the_top_of_headers_are_left_out() -> None:
+    header = "// Copyright someone\n// All rights\n\n/* Licensed */\n#pragma once\n// kept\n"
+    assert harvest_code._without_licence(header) == "#pragma once\n// kept\n"
 
 
 def test_a_finished_harvest_is_reused_and_a_damaged_one_mended(

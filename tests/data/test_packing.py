@@ -41,6 +41,12 @@ def obvious_windows(documents: Documents, seq_len: int) -> list[list[int]]:
     ]
 
 
+def test_windows_of_very_many_documents_are_the_stream_cut() -> None:
+    documents = documents_of([1, 2, 5] * 200, n_shards=3)
+    packing = Packing(documents, seq_len=500, random_seed=0, shuffle=False)
+    assert packing.sequences(range(packing.n_sequences)).tolist() == obvious_windows(documents, 500)
+
+
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=120)
 
 

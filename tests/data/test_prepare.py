@@ -161,6 +161,7 @@ def test_documents_know_their_domain_length_and_bytes(data: TokenData) -> None:
     assert data.domains == ["letters", "poems"]
     assert len(documents.shards) > 2
     assert documents.n_tokens == data.manifest.total("train").tokens
+    assert documents.n_bytes.sum() == data.manifest.total("train").bytes
     # With bytes for tokens, every document is its text and one `bos`.
     np.testing.assert_array_equal(documents.lengths, documents.n_bytes + 1)
     assert list(np.unique(documents.domain_index)) == [0, 1]

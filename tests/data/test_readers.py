@@ -66,10 +66,11 @@ def test_a_file_given_twice_is_read_once(tmp_path: Path) -> None:
     assert texts(path, tmp_path) == ["a"]
 
 
-def test_a_link_to_a_parent_folder_ends(tmp_path: Path) -> None:
+def test_links_to_a_parent_folder_end(tmp_path: Path) -> None:
     (tmp_path / "law").mkdir()
     (tmp_path / "law" / "a.txt").write_text("a")
-    (tmp_path / "law" / "loop").symlink_to(tmp_path)
+    for name in "xyz":  # one alone ends at the system's limit; three would take for ever
+        (tmp_path / "law" / name).symlink_to(tmp_path)
     assert texts(tmp_path) == ["a"]
 
 

@@ -68,10 +68,14 @@ def test_pieces_are_short_and_make_up_the_text(text: str, chars: int) -> None:
 
 
 def test_a_long_text_has_the_tokens_of_one_that_is_not_cut() -> None:
-    text = TEXT * 20
-    whole = TRAINED._tokenizer.encode(text, add_special_tokens=False).ids
+    text = "The mill ran past\n\n\n    the river's rivers; 1234\n  and\n" * 600
+    tokenizer = TextTokenizer.train_bpe(iter([text]), 300)
+    whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
     assert len(split_text(text)) > 1
-    assert TRAINED.encode(text) == whole
+    assert tokenizer.encode(text) == whole
+    for chars in range(300, 340):
+        ids = [i for piece in split_text(text, chars) for i in tokenizer.encode(piece)]
+        assert ids == whole
 
 
 def test_a_line_without_end_is_encoded_in_linear_time() -> None:

@@ -35,6 +35,8 @@ _PATTERN = (
 )
 _PIECE_CHARS = 16_384
 """Longer texts are encoded in pieces: both cores work, and one endless line stays linear."""
+_PIECES_AT_ONCE = 1024
+"""The library's results take some fifty bytes per byte of text until they are arrays."""
 
 
 class TextTokenizer:
@@ -73,15 +75,14 @@ class TextTokenizer:
         if self._byte_ids is not None:
             return [self._encode_bytes(text, self._byte_ids) for text in texts]
         pieces = [self._pieces(text) for text in texts]
-        encodings = iter(
-            self._tokenizer.encode_batch_fast(
-                [piece for parts in pieces for piece in parts], add_special_tokens=False
-            )
-        )
-        return [
-            np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in parts])
-            for parts in pieces
-        ]
+        encoded = self._encode_pieces([piece for parts in pieces for piece in parts])
+        return [np.concatenate([next(encoded) for _ in parts]) for parts in pieces]
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
+        for start in range(0, len(pieces), _PIECES_AT_ONCE):
+            batch = pieces[start : start + _PIECES_AT_ONCE]
+            for found in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.array(found.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of `ids`, `bos` left out; bytes that are no UTF-8 become U+FFFD.
