@@ -1,17 +1,17 @@
 """Errors for people: what is wrong, and what to do about it.
 
-    PyperError
-    ├── ConfigError          a key or value in a run file
-    ├── DataError            text, shards, folders
-    ├── TokenizerError       tokenizers or vocabularies that do not fit together
-    ├── CheckpointError      missing, damaged or foreign checkpoints
-    ├── OutOfMemoryError     the device is full
-    ├── NonFiniteError       the loss or a gradient became NaN or infinite
-    ├── LockedError          another process writes to the same folder
-    ├── StorageError         a folder cannot be written or the disk is full
-    ├── MissingExtraError    an optional package is not installed
-    ├── PromptError          a prompt or a sampling setting that cannot be served
-    └── InterruptedRun       stopped by a signal, state saved
+PyperError
+├── ConfigError          a key or value in a run file
+├── DataError            text, shards, folders
+├── TokenizerError       tokenizers or vocabularies that do not fit together
+├── CheckpointError      missing, damaged or foreign checkpoints
+├── OutOfMemoryError     the device is full
+├── NonFiniteError       the loss or a gradient became NaN or infinite
+├── LockedError          another process writes to the same folder
+├── StorageError         a folder cannot be written or the disk is full
+├── MissingExtraError    an optional package is not installed
+├── PromptError          a prompt or a sampling setting that cannot be served
+└── InterruptedRun       stopped by a signal, state saved
 """
 
 

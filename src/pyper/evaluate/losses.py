@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyper.data import Documents, Packing, count_sequences
+from pyper.data import Documents, Packing
 from pyper.nn import Transformer
 
 # Tokens per forward pass: enough to fill a GPU, small enough that logits of 32k entries fit.
@@ -39,10 +39,10 @@ def held_out_windows(documents: Documents, seq_len: int, max_tokens: int) -> lis
     for index, domain in enumerate(documents.domains):
         members = np.flatnonzero(documents.domain_index == index)
         own = documents.select(members)
-        n_windows = count_sequences(own.n_tokens, seq_len)
-        if not n_windows:
+        if own.n_tokens <= seq_len:
             continue
-        packing = Packing(own, seq_len, random_seed=0, epoch=0, shuffle=False)
+        packing = Packing(own, seq_len=seq_len, random_seed=0, epoch=0, shuffle=False)
+        n_windows = packing.n_sequences
         wanted = max(1, min(n_windows, max_tokens // seq_len))
         picked = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
         tokens = torch.from_numpy(packing.sequences(picked))

@@ -10,7 +10,7 @@ from pyper.config import ExpertConfig
 
 @dataclass
 class KVCache:
-    """Keys and values (n_layers, B, kv_heads, S, K) and how much of each row is filled, (B,).
+    """Keys and values (n_layers, B, kv_heads, capacity + 1, K), and the filled lengths (B,).
 
     Rows may have different lengths: what lies beyond a row's length is never attended to.
     """
@@ -30,7 +30,8 @@ class KVCache:
         dtype: torch.dtype,
     ) -> "KVCache":
         """Room for `capacity` tokens in each of `batch` rows."""
-        shape = (config.n_layers, batch, config.kv_heads, capacity, config.dim_per_head)
+        # One slot more, for padding: where it would fall past the end it must not hit a real token.
+        shape = (config.n_layers, batch, config.kv_heads, capacity + 1, config.dim_per_head)
         return cls(
             keys=torch.zeros(shape, device=device, dtype=dtype),
             values=torch.zeros(shape, device=device, dtype=dtype),
@@ -39,8 +40,8 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S, the most tokens that a row can hold."""
-        return self.keys.shape[3]
+        """The most tokens that a row can hold."""
+        return self.keys.shape[3] - 1
 
     def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Store keys and values (B, kv_heads, T, K) of one layer at positions (B, T)."""
@@ -51,3 +52,9 @@ class KVCache:
     def select_rows(self, rows: Tensor) -> "KVCache":
         """A cache of some of the rows (copied)."""
         return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
+
+    def update_rows(self, rows: Tensor, part: "KVCache") -> None:
+        """Put back what `select_rows` took out."""
+        self.keys[:, rows] = part.keys
+        self.values[:, rows] = part.values
+        self.lengths[rows] = part.lengths

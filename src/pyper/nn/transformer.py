@@ -60,14 +60,16 @@ class Transformer(nn.Module):
         it is too small.
         """
         T = tokens.shape[1]
-        n_keys = int(cache.lengths.max()) + T
-        self._check_length(n_keys)
-        if n_keys > cache.capacity:
+        longest = int((cache.lengths + (T if n_new is None else n_new)).max())
+        self._check_length(longest)
+        if longest > cache.capacity:
             raise PromptError(
-                f"the cache holds {cache.capacity} tokens, {n_keys} are needed",
+                f"the cache holds {cache.capacity} tokens, {longest} are needed",
                 hint="allocate a larger one",
             )
         where = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
+        where = where.clamp(max=cache.capacity)
+        n_keys = min(int(cache.lengths.max()) + T, cache.capacity + 1)
         keys = torch.arange(n_keys, device=tokens.device)
         mask = (keys <= where[..., None])[:, None]
         cos, sin = self._rotation(where[:, None])

@@ -1,8 +1,9 @@
 """Train one expert: optimizers, schedules, early stopping, the step and the loop."""
 
-from pyper.train.loop import TrainingData, TrainPlan, TrainResult, train_expert
+from pyper.train.loop import TrainPlan, TrainResult, train_expert
 from pyper.train.loss import BatchTransform, LossFunction, LossSum, next_token_loss, token_loss
 from pyper.train.schedule import Schedule, branch_schedule, seed_schedule
+from pyper.train.training_data import TrainingData
 
 __all__ = [
     "BatchTransform",

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pyper.checkpoint import CheckpointStore, folder_lock
 from pyper.config import TrackConfig, TrainConfig
-from pyper.data import Batch, Documents, Loader
+from pyper.data import Batch, Loader
 from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
+from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer
 from pyper.train.early_stopping import EarlyStopping
 from pyper.train.interrupt import StopRequest, catch_signals
@@ -18,19 +19,10 @@ from pyper.train.micro_batch import choose_micro_batch_size
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.progress import Progress, Silent
 from pyper.train.schedule import Schedule
-from pyper.train.state import TrainState, load_model_tensors_into, restore, save
+from pyper.train.state import TrainState, restore, save
 from pyper.train.step import StepResult, train_step
 from pyper.train.throughput import Throughput
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What one expert reads and is judged on."""
-
-    train: Documents
-    valid: Documents
-    seq_len: int
-    loader_workers: int = 0
+from pyper.train.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -145,6 +137,7 @@ class _Trainer:
                 self._train(sinks, stop_request, should_stop)
         finally:
             self.state.loader.close()
+            self.progress.close()
             for sink in sinks:
                 sink.close()
         # 7. keep the best weights
@@ -195,9 +188,13 @@ class _Trainer:
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{self.plan.name}, step {self.state.step + 1}: {error.message}; "
-                f"last good checkpoint: {self.store.latest_step() or 'none'}",
+                f"last good checkpoint: {self._last_good()}",
                 hint=error.hint,
             ) from None
+
+    def _last_good(self) -> str:
+        steps = self.store.steps()
+        return f"step {steps[-1]}" if steps else "none yet"
 
     def _log(self, sinks: list[Sink], result: StepResult) -> None:
         factor = self.plan.schedule.factor(self.state.step - 1)
@@ -241,8 +238,9 @@ class _Trainer:
 
     def _finish(self) -> TrainResult:
         state, stopping = self.state, self.state.stopping
-        best = self.store.load_best(device=self.model.device)
-        load_model_tensors_into(self.model, best.model)
+        best = self.store.load_best()
+        assert best is not None  # the last save of a finished run marks one
+        load_tensors_into(self.model, best.model)
         use_best = self.config.early_stopping is not None
         result = TrainResult(
             name=self.plan.name,

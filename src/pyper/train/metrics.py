@@ -51,6 +51,21 @@ def read_metrics(path: Path) -> list[Record]:
     return [json.loads(line) for line in _read_lines(path)]
 
 
+def read_last_record(path: Path) -> Record:
+    """The newest numbers of a `metrics.jsonl` (its last lines together); empty without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            tail = file.read().decode("utf-8", errors="ignore").splitlines(True)[-3:]
+    except OSError:
+        return {}
+    record: Record = {}
+    for line in tail:
+        if line.startswith("{") and line.endswith("\n"):
+            record |= json.loads(line)
+    return record
+
+
 class TensorBoardSink:
     """Scalars for TensorBoard."""
 

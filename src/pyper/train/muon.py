@@ -21,7 +21,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = _A * x + torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    result: Tensor = (x.mT if tall else x).to(matrices.dtype)
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,7 +54,7 @@ class Muon(torch.optim.Optimizer):
         self, params: list[Tensor], lr: float, momentum: float, weight_decay: float
     ) -> None:
         active = [i for i, p in enumerate(params) if p.grad is not None]
-        grads = [params[i].grad for i in active]
+        grads = [grad for p in params if (grad := p.grad) is not None]
         buffers = [self._buffer(params[i]) for i in active]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         directions = torch._foreach_lerp(grads, buffers, momentum)

@@ -15,7 +15,7 @@ class ExpertOptimizer:
     """What one optimizer step needs: groups, clipping, rates, masters, state."""
 
     def __init__(self, model: Transformer, config: TrainConfig, learning_rate: float) -> None:
-        """`learning_rate` is the peak of AdamW; Muon's own keeps its ratio to the configured one."""
+        """`learning_rate` is AdamW's peak; Muon's own keeps its ratio to the configured one."""
         self._model_params = list(model.parameters())
         self._masters = _make_masters(self._model_params)
         named = dict(
@@ -115,7 +115,9 @@ def _build(
         peak = config.muon_learning_rate
         if config.learning_rate != "auto":
             peak *= learning_rate / config.learning_rate
-        widths = model.blocks[0].attention.widths
+        c = model.config
+        key_width = c.kv_heads * c.dim_per_head
+        widths = (c.n_heads * c.dim_per_head, key_width, key_width)
         yield Muon(
             with_muon.values(),
             lr=peak,

@@ -28,6 +28,9 @@ class Progress(Protocol):
     def finish(self, name: str, step: int, loss: float) -> None:
         """An expert is done, with this validation loss."""
 
+    def close(self) -> None:
+        """Nothing more comes."""
+
 
 class Silent:
     """Says nothing."""
@@ -40,35 +43,42 @@ class Silent:
 
     def finish(self, name: str, step: int, loss: float) -> None: ...
 
+    def close(self) -> None: ...
+
+
+def new_bars(console: Console) -> RichProgress:
+    """Bars with name, steps, numbers and time left."""
+    return RichProgress(
+        TextColumn("{task.description:>14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
+
 
 class ProgressBar:
     """One line per expert: step, loss, validation, rate, tokens per second, MFU, time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = RichProgress(
-            TextColumn("{task.description:>12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-        )
+        self._bars = new_bars(console)
         self._task: TaskID | None = None
-        self._shown: dict[str, str] = {}
+        self._latest: dict[str, Any] = {}
 
     def start(self, name: str, total_steps: int, step: int) -> None:
         """Show a new bar."""
-        self._shown = {}
-        self._task = self._bar.add_task(name, total=total_steps, completed=step, numbers="")
-        self._bar.start()
+        self._latest = {}
+        self._bars = new_bars(self._console)
+        self._task = self._bars.add_task(name, total=total_steps, completed=step, numbers="")
+        self._bars.start()
 
     def update(self, record: dict[str, Any]) -> None:
         """Move the bar and show the newest numbers."""
-        self._shown |= _describe(record)
+        self._latest |= record
         if self._task is not None:
-            numbers = " ".join(self._shown.values())
-            self._bar.update(self._task, completed=record["step"], numbers=numbers)
+            self._bars.update(self._task, completed=record["step"], numbers=describe(self._latest))
 
     def warn(self, message: str) -> None:
         """Print above the bar."""
@@ -76,21 +86,22 @@ class ProgressBar:
 
     def finish(self, name: str, step: int, loss: float) -> None:
         """Leave the finished line standing."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=step)
-        self._bar.stop()
-        self._bar = RichProgress(*self._bar.columns, console=self._console)
+        self._bars.stop()
+
+    def close(self) -> None:
+        """End the bar of an interrupted run."""
+        self._bars.stop()
 
 
-def _describe(record: dict[str, Any]) -> dict[str, str]:
-    shown = {}
+def describe(record: dict[str, Any]) -> str:
+    """The numbers of a line of `metrics.jsonl`, for a progress bar."""
+    shown = []
     if "loss" in record:
-        shown["loss"] = f"loss {record['loss']:.3f}"
-        shown["rate"] = f"lr {record['learning_rate']:.1e}"
+        shown.append(f"loss {record['loss']:.3f} lr {record['learning_rate']:.1e}")
     if "valid_loss" in record:
-        shown["valid"] = f"valid {record['valid_loss']:.3f}"
+        shown.append(f"valid {record['valid_loss']:.3f}")
     if "tokens_per_second" in record:
-        shown["speed"] = f"{record['tokens_per_second'] / 1000:,.1f}k tok/s"
+        shown.append(f"{record['tokens_per_second'] / 1000:,.1f}k tok/s")
     if "mfu" in record:
-        shown["mfu"] = f"MFU {record['mfu']:.0%}"
-    return shown
+        shown.append(f"MFU {record['mfu']:.0%}")
+    return " ".join(shown)

@@ -14,7 +14,7 @@ from pyper.checkpoint import (
     unflatten_state,
 )
 from pyper.data import Loader
-from pyper.errors import CheckpointError
+from pyper.mixture.expert_folder import load_tensors_into, model_tensors
 from pyper.nn import Transformer
 from pyper.train.early_stopping import EarlyStopping
 from pyper.train.optimizer import ExpertOptimizer
@@ -48,32 +48,9 @@ def save(state: TrainState, store: CheckpointStore, *, best: bool) -> None:
         "early_stopping": state.stopping.state_dict(),
         "loader": state.loader.state_dict(),
         "model_config": state.model.config.model_dump(),
-        "threads": torch.get_num_threads(),
         "nested": skeleton,
     }
     store.save(state.step, model_tensors(state.model), tensors, facts, best=best)
-
-
-def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
-    """The weights by name, a tied head left out (the input table is the same matrix)."""
-    tied = {"head.weight"} if model.config.tie_embeddings else set()
-    return {name: t for name, t in model.state_dict().items() if name not in tied}
-
-
-def load_model_tensors_into(model: Transformer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `model_tensors`. Raises CheckpointError when names or shapes differ."""
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the weights do not fit the model: {str(error).splitlines()[1].strip()}",
-            hint="the checkpoint was made with another `[model]`; use another run folder",
-        ) from None
-    if unexpected or set(missing) - ({"head.weight"} if model.config.tie_embeddings else set()):
-        raise CheckpointError(
-            f"the checkpoint has other weights than the model, e.g. `{(missing + unexpected)[0]}`",
-            hint="it was made with another `[model]`; use another run folder",
-        )
 
 
 def optimizer_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,13 +62,13 @@ def optimizer_state_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def restore(state: TrainState, store: CheckpointStore, progress: Progress) -> None:
     """Go on from the newest sound checkpoint, where there is one."""
-    checkpoint = store.load_latest(device=state.model.device)
+    checkpoint = store.load_latest()
     for warning in store.warnings:
         progress.warn(warning)
     if checkpoint is None:
         return
     nested = unflatten_state(checkpoint.optimizer, checkpoint.state["nested"])
-    load_model_tensors_into(state.model, checkpoint.model)
+    load_tensors_into(state.model, checkpoint.model)
     state.optimizer.load_state_dict(nested["optimizer"])
     state.loader.load_state_dict(checkpoint.state["loader"])
     state.stopping.load_state_dict(checkpoint.state["early_stopping"])
@@ -99,8 +76,8 @@ def restore(state: TrainState, store: CheckpointStore, progress: Progress) -> No
     state.seconds = checkpoint.state["seconds"]
     state.finished = checkpoint.state["finished"]
     restore_rng(nested["rng"])
-    if checkpoint.state["threads"] != torch.get_num_threads():
+    if checkpoint.metadata["threads"] != torch.get_num_threads():
         progress.warn(
-            f"saved with {checkpoint.state['threads']} threads, going on with "
+            f"saved with {checkpoint.metadata['threads']} threads, going on with "
             f"{torch.get_num_threads()}: sums may differ in the last bit"
         )

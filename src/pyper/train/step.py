@@ -40,7 +40,7 @@ def train_step(
     weight = torch.zeros((), device=model.device)
     for batch in micro_batches:
         loss = loss_fn(model, batch.to(model.device))
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         optimizer.collect_gradients()
         total += loss.total.detach()
         weight += loss.weight

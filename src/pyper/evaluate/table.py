@@ -1,0 +1,72 @@
+"""The results as a table for people."""
+
+import math
+from typing import Any
+
+from rich.table import Table
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    """One line per arm: nats per token, difference to the control, bits per byte, perplexity."""
+    table = Table(title=f"held-out loss over {report['tokens']:,} tokens")
+    for name in ("arm", "nats/token", "vs control", "bits/byte", "perplexity", "runs"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    per_byte = report["bits_per_byte"]["oracle"] / report["oracle"]
+    for name, loss, runs, style in _arms(report):
+        if loss is None:
+            continue
+        gap = "" if report["control"] is None else f"{loss - report['control']:+.3f}"
+        perplexity = math.exp(loss)
+        table.add_row(
+            name,
+            f"{loss:.3f}",
+            gap,
+            f"{loss * per_byte:.3f}",
+            f"{perplexity:.2f}",
+            runs,
+            style=style,
+        )
+    return table
+
+
+def _arms(report: dict[str, Any]) -> list[tuple[str, float | None, str, str]]:
+    best = min(report["experts"])
+    arms = [
+        ("dense control", report["control"], "1", "bold"),
+        ("best single expert", best, "1", "dim"),
+        ("random shards, ensemble", report["random_shards"], "all", "dim"),
+        ("best expert per window (oracle)", report["oracle"], "1", "dim"),
+    ]
+    arms += [
+        (f"routed on {n} tokens", loss, "1", "green" if n == "32" else "")
+        for n, loss in report["routed"].items()
+    ]
+    arms.append(("routed at equal load (prices)", report["routed_with_prices"], "1", ""))
+    arms += [
+        (f"posterior, {'all' if k == 'all' else 'top-' + k[3:]}", loss, _runs(k), "green")
+        for k, loss in report["posterior"].items()
+    ]
+    return arms
+
+
+def _runs(k: str) -> str:
+    return "all" if k == "all" else k[3:]
+
+
+def domains_table(report: dict[str, Any]) -> Table:
+    """Expert × domain: the loss of every expert on every domain, its home in bold."""
+    table = Table(title="loss by domain (rows) and expert (columns), nats/token")
+    table.add_column("domain")
+    for name in report["expert_names"]:
+        table.add_column(name, justify="right")
+    for name in ("control", "routed 32", "top-2"):
+        table.add_column(name, justify="right")
+    for domain, row in report["by_domain"].items():
+        best = min(row["experts"])
+        cells = [f"[bold]{x:.3f}[/]" if x == best else f"{x:.3f}" for x in row["experts"]]
+        routed = next(iter(list(row["routed"].values())[len(row["routed"]) // 2 :]))
+        extra = [row["control"], routed, row["posterior"]["top2"]]
+        table.add_row(domain, *cells, *["–" if x is None else f"{x:.3f}" for x in extra])
+    load = [f"{share:.0%}" for share in report["load"]]
+    table.add_row("load", *load, "", "", "", style="dim")
+    return table

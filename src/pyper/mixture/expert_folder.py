@@ -1,0 +1,72 @@
+"""One expert on disk: `config.json` and `model.safetensors`."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from pyper.checkpoint import load_model_tensors
+from pyper.config import ExpertConfig
+from pyper.errors import CheckpointError
+from pyper.nn import Transformer
+
+
+def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights by name, a tied head left out (the input table is the same matrix)."""
+    tied = {"head.weight"} if model.config.tie_embeddings else set()
+    return {name: t for name, t in model.state_dict().items() if name not in tied}
+
+
+def load_tensors_into(model: Transformer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `model_tensors`. Raises CheckpointError when names or shapes differ."""
+    hint = "the checkpoint was made with another `[model]`; use another run folder"
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        line = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"the weights do not fit the model: {line}", hint=hint) from None
+    tied = {"head.weight"} if model.config.tie_embeddings else set()
+    if wrong := [*unexpected, *(set(missing) - tied)]:
+        raise CheckpointError(
+            f"the checkpoint and the model differ in their weights, e.g. `{wrong[0]}`", hint=hint
+        )
+
+
+def write_expert(folder: Path, model: Transformer) -> None:
+    """Write config and weights into an existing folder (of a mixture that is being saved)."""
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=1) + "\n")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def read_expert_config(file: Path) -> ExpertConfig:
+    """The shape of a saved expert. Raises CheckpointError for anything else."""
+    try:
+        return ExpertConfig.model_validate(json.loads(file.read_text()))
+    except (OSError, ValueError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file} is not the configuration of an expert: {error}",
+            hint="train again, or copy the folder again from where it came",
+        ) from None
+
+
+def build_expert(
+    config: ExpertConfig, tensors: dict[str, torch.Tensor], *, device: torch.device
+) -> Transformer:
+    """A model of these weights, without first drawing random ones; in evaluation mode."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    dtype = next(iter(tensors.values())).dtype
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_embeddings:  # to_empty gave the shared matrix two homes
+        model.head.weight = model.embedding.weight
+    load_tensors_into(model, tensors)
+    return model.eval()
+
+
+def load_expert(folder: Path, *, device: torch.device, verify: bool = True) -> Transformer:
+    """The expert in a folder; its hashes are checked first where the folder has a manifest."""
+    config = read_expert_config(folder / "config.json")
+    return build_expert(config, load_model_tensors(folder, verify=verify), device=device)

@@ -1,0 +1,187 @@
+"""Which document belongs to which expert."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyper.checkpoint import (
+    Json,
+    read_tensors,
+    verify_manifest,
+    write_folder_atomically,
+    write_tensors,
+)
+from pyper.checkpoint import write_json_atomically as write_json
+from pyper.data import SPLITS, Documents, Split
+from pyper.errors import CheckpointError, DataError
+from pyper.mixture import assign_documents, discover_unigram
+from pyper.stages.context import Context
+from pyper.stages.folder import is_complete
+
+
+@dataclass(frozen=True)
+class ExpertData:
+    """The assignment of a run, as read from its folder."""
+
+    names: list[str]
+    expert: dict[Split, NDArray[np.int64]]
+    """By split, the expert of every document."""
+    counts: Tensor
+    """(E, V), how often each expert meets each token in training."""
+    prices: Tensor | None
+    """(E,), nats per token; None where folders decided."""
+
+    def documents(self, context: Context, split: Split, expert: int) -> Documents:
+        """One expert's documents."""
+        everything = context.data.documents(split)
+        return everything.select(np.flatnonzero(self.expert[split] == expert))
+
+    def train_tokens(self, context: Context) -> list[int]:
+        """Tokens of each expert's training documents."""
+        lengths = context.data.documents("train").lengths
+        tokens = np.bincount(self.expert["train"], weights=lengths, minlength=len(self.names))
+        return [int(n) for n in tokens]
+
+
+def assign(context: Context) -> ExpertData:
+    """Divide the documents, or read how they were divided before. Raises DataError."""
+    target, metadata = context.folder.assignment, _metadata(context)
+    if not is_complete(target, metadata):
+        if context.run.mixture.assign == "folder":
+            _write(context, _by_folder(context), None, metadata)
+        else:
+            _write(context, *_discover(context), metadata)
+    return read_assignment(target)
+
+
+def _metadata(context: Context) -> dict[str, Json]:
+    mixture = context.run.mixture
+    return {
+        "data": context.data.manifest.fingerprint,
+        "n_experts": mixture.n_experts,
+        "assign": mixture.assign,
+        "rounds": mixture.discover_rounds,
+        "random_seed": context.run.run.random_seed,
+    }
+
+
+def _by_folder(context: Context) -> dict[Split, NDArray[np.int64]]:
+    return {split: context.data.documents(split).domain_index.astype(np.int64) for split in SPLITS}
+
+
+def _discover(context: Context) -> tuple[dict[Split, NDArray[np.int64]], Tensor]:
+    """Balanced EM on the training documents; the others follow by score less price."""
+    train = context.data.documents("train")
+    with context.console.status("finding domains"):
+        domains = discover_unigram(
+            train,
+            context.model.vocab_size,
+            context.n_experts,
+            rounds=context.run.mixture.discover_rounds,
+            random_seed=context.run.run.random_seed,
+        )
+        expert = {
+            split: assign_documents(
+                domains, context.data.documents(split), balanced=split == "train"
+            ).expert.numpy()
+            for split in SPLITS
+        }
+    return expert, domains.prices
+
+
+def _write(
+    context: Context,
+    expert: dict[Split, NDArray[np.int64]],
+    prices: Tensor | None,
+    metadata: dict[str, Json],
+) -> None:
+    train = context.data.documents("train")
+    names = _names(context, expert["train"])
+    counts = count_tokens(train, expert["train"], context.n_experts, context.model.vocab_size)
+    tokens = counts.sum(dim=1)
+    _refuse_starving(names, tokens, context.run.data.seq_len)
+    tensors: dict[str, Tensor] = {split: torch.from_numpy(e) for split, e in expert.items()}
+    tensors["counts"] = counts
+    with write_folder_atomically(context.folder.assignment, metadata=metadata) as folder:
+        write_tensors(folder / "documents.safetensors", tensors)
+        summary: dict[str, Json] = {
+            "experts": names,
+            "load": [round(float(t / tokens.sum()), 5) for t in tokens],
+            "prices": None if prices is None else prices.tolist(),
+            "domains": _domain_table(train, expert["train"], names),
+        }
+        write_json(folder / "assignment.json", summary)
+
+
+def count_tokens(
+    documents: Documents, expert: NDArray[np.int64], n_experts: int, vocab_size: int
+) -> Tensor:
+    """How often each expert's documents hold each token, (E, V) int64."""
+    counts = np.zeros((n_experts, vocab_size), dtype=np.int64)
+    for document, e in enumerate(expert):
+        counts[e] += np.bincount(documents.tokens(document), minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+def _refuse_starving(names: list[str], tokens: Tensor, seq_len: int) -> None:
+    for name, n in zip(names, tokens.tolist(), strict=True):
+        if n <= seq_len:
+            raise DataError(
+                f"expert `{name}` would get {n:,} training tokens, less than one sequence of "
+                f"{seq_len:,}",
+                hint="add data, lower `mixture.n_experts` or `data.seq_len`",
+            )
+
+
+def _names(context: Context, expert: NDArray[np.int64]) -> list[str]:
+    """`[[expert]] name`, or the domain that gives an expert most of its tokens."""
+    train = context.data.documents("train")
+    names: list[str] = []
+    for e in range(context.n_experts):
+        override = context.run.override_of(e)
+        own = expert == e
+        tokens = np.bincount(
+            train.domain_index[own], weights=train.lengths[own], minlength=len(train.domains)
+        )
+        name = train.domains[int(tokens.argmax())]
+        if override is not None and override.name is not None:
+            name = override.name
+        used = Counter(n.rsplit("-", 1)[0] if n.rsplit("-", 1)[-1].isdigit() else n for n in names)
+        names.append(f"{name}-{used[name] + 1}" if used[name] else name)
+    return names
+
+
+def _domain_table(
+    documents: Documents, expert: NDArray[np.int64], names: list[str]
+) -> dict[str, Json]:
+    """Training tokens of every domain (rows) that every expert got."""
+    table = np.zeros((len(documents.domains), len(names)), dtype=np.int64)
+    np.add.at(table, (documents.domain_index, expert), documents.lengths)
+    return {
+        domain: dict(zip(names, row.tolist(), strict=True))
+        for domain, row in zip(documents.domains, table, strict=True)
+    }
+
+
+def read_assignment(folder: Path) -> ExpertData:
+    """Read an assignment folder. Raises CheckpointError when it is damaged or missing."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not there yet", hint="run `pyper assign`, or `pyper train` as a whole"
+        )
+    verify_manifest(folder)
+    tensors = read_tensors(folder / "documents.safetensors")
+    summary = json.loads((folder / "assignment.json").read_text())
+    prices = summary["prices"]
+    return ExpertData(
+        names=summary["experts"],
+        expert={split: tensors[split].numpy() for split in SPLITS},
+        counts=tensors["counts"],
+        prices=None if prices is None else torch.tensor(prices, dtype=torch.float64),
+    )

@@ -1,0 +1,145 @@
+"""What every stage of a run needs: settings, data, folder, device, console."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from pyper.config import ExpertConfig, RunConfig, TrainConfig
+from pyper.data import TextTokenizer, TokenData
+from pyper.errors import ConfigError, DataError, TokenizerError
+from pyper.stages.folder import RunFolder, open_run
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run, opened."""
+
+    run: RunConfig
+    data: TokenData
+    folder: RunFolder
+    device: torch.device
+    console: Console
+    """Standard error."""
+
+    @property
+    def model(self) -> ExpertConfig:
+        """`[model]`, resolved."""
+        return self.run.model
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return self.run.mixture.n_experts
+
+    def tokenizer(self) -> TextTokenizer:
+        """The data's tokenizer."""
+        return self.data.tokenizer()
+
+
+def open_context(run: RunConfig, console: Console) -> Context:
+    """Check the data, resolve what follows from it, open the run folder.
+
+    Raises DataError, ConfigError, TokenizerError, StorageError.
+    """
+    data = TokenData.open(run.data.path)
+    resolved = resolve(run, data)
+    return Context(resolved, data, open_run(resolved), pick_device(run.run.device), console)
+
+
+def resolve(run: RunConfig, data: TokenData) -> RunConfig:
+    """Fill in what the data decides: vocabulary, context, the document token, experts by folder."""
+    manifest = data.manifest
+    if run.model.vocab_size not in (0, manifest.vocab_size):
+        raise TokenizerError(
+            f"`model.vocab_size` is {run.model.vocab_size:,}, the tokenizer of {run.data.path} "
+            f"has {manifest.vocab_size:,} entries",
+            hint="leave `model.vocab_size` out: it follows the data",
+        )
+    if run.mixture.assign == "folder" and len(data.domains) != run.mixture.n_experts:
+        raise ConfigError(
+            f'`assign = "folder"` gives {len(data.domains)} experts, one per domain, but '
+            f"`mixture.n_experts` is {run.mixture.n_experts}",
+            hint=f'set `n_experts = {len(data.domains)}`, or `assign = "discover"`',
+        )
+    model = run.model.model_copy(
+        update={
+            "vocab_size": manifest.vocab_size,
+            "bos_id": manifest.bos_id,
+            "seq_len": run.model.seq_len or run.data.seq_len,
+        }
+    )
+    return run.model_copy(update={"model": model})
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(
+            f"the device `{name}` cannot be used here",
+            hint="`auto`, `cpu`, or what `pyper doctor` lists",
+        ) from None
+    return device
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Optimizer steps of every part of a run."""
+
+    seed: int
+    experts: tuple[int, ...]
+    control: int
+
+    @property
+    def total(self) -> int:
+        """Seed and experts together; seed and control take as many."""
+        return self.seed + sum(self.experts)
+
+
+def plan_budget(run: RunConfig, train_tokens: list[int], names: list[str]) -> Budget:
+    """Divide the budget: a share for the seed, the rest for the experts, as much for the control.
+
+    `epochs` follow each expert's own data; `tokens` and `steps` are shared equally. An expert with
+    a budget of its own takes that. The control makes as many steps as all experts together.
+    """
+    train, fraction = run.train, run.train.seed_fraction
+    total = steps_of(train, sum(train_tokens))
+    seed = round(fraction * total)
+    shares = [n / sum(train_tokens) for n in train_tokens]
+    if train.epochs is None:
+        shares = [1 / len(train_tokens)] * len(train_tokens)
+    experts = []
+    for index, (share, own_tokens) in enumerate(zip(shares, train_tokens, strict=True)):
+        if run.has_own_budget(index, names[index]):
+            steps = steps_of(run.expert_train(index, names[index]), own_tokens)
+        else:
+            steps = max(1, round((total - seed) * share))
+        experts.append(steps)
+    if fraction > 0 and seed == 0:
+        raise DataError(
+            f"the budget is {total} steps: too few to divide",
+            hint="raise `train.epochs`, or lower `train.global_batch_tokens`",
+        )
+    return Budget(seed, tuple(experts), sum(experts))
+
+
+def steps_of(train: TrainConfig, data_tokens: int) -> int:
+    """Steps of a budget of epochs, tokens or steps over `data_tokens`."""
+    if train.steps is not None:
+        return train.steps
+    tokens = train.tokens if train.tokens is not None else (train.epochs or 1) * data_tokens
+    return max(1, math.floor(tokens / train.global_batch_tokens))
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

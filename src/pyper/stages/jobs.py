@@ -1,0 +1,136 @@
+"""Several parts of a run at the same time, each in a process of its own."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import TaskID
+
+from pyper.config import RunConfig
+from pyper.errors import InterruptedRun, PyperError
+from pyper.stages.assign import ExpertData, read_assignment
+from pyper.stages.context import Budget, Context, available_cores, open_context
+from pyper.stages.train import Unit, budget_of, train_unit
+from pyper.train import TrainResult
+from pyper.train.interrupt import StopRequest, catch_signals
+from pyper.train.metrics import read_last_record
+from pyper.train.progress import Silent, describe, new_bars
+
+_POLL_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker sends back: a result, or the parts of an error (which may not pickle)."""
+
+    result: TrainResult | None
+    message: str = ""
+    hint: str = ""
+    exit_code: int = 0
+
+
+def train_in_parallel(
+    context: Context, assigned: ExpertData, units: Sequence[Unit], jobs: int
+) -> list[TrainResult]:
+    """Train `units`, at most `jobs` at a time; cores are divided among them.
+
+    Ctrl-C and SIGTERM stop all of them at their next step, with everything saved. Raises the first
+    error, after the others have been asked to stop as well.
+    """
+    threads = max(1, available_cores() // jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with catch_signals() as stop, ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        futures = [pool.submit(_work, context.run, str(u), threads) for u in units]
+        try:
+            _watch(context, assigned, units, futures, stop)
+        finally:
+            if stop() or any(_failed(f) for f in futures):
+                for future in futures:
+                    future.cancel()
+                _forward_stop(pool, stop.signal_number or signal.SIGTERM)
+    return [_result_of(future) for future in futures if not future.cancelled()]
+
+
+def _work(run: RunConfig, unit: str, threads: int) -> _Outcome:
+    """In a worker process: train one part."""
+    torch.set_num_threads(threads)
+    try:
+        context = open_context(run, Console(stderr=True, quiet=True))
+        assigned = read_assignment(context.folder.assignment)
+        kind, _, index = unit.partition(":")
+        result = train_unit(
+            context,
+            assigned,
+            Unit(kind, int(index or 0)),  # type: ignore[arg-type]
+            Silent(),
+        )
+        return _Outcome(result)
+    except InterruptedRun as error:
+        return _Outcome(None, error.message, error.hint, error.exit_code)
+    except PyperError as error:
+        return _Outcome(None, f"{unit}: {error.message}", error.hint, error.exit_code)
+
+
+def _failed(future: "Future[_Outcome]") -> bool:
+    if not future.done() or future.cancelled():
+        return False
+    return future.exception() is not None or future.result().result is None
+
+
+def _result_of(future: "Future[_Outcome]") -> TrainResult:
+    outcome = future.result()
+    if outcome.result is not None:
+        return outcome.result
+    if outcome.exit_code >= 128:
+        raise InterruptedRun(outcome.message, hint=outcome.hint, exit_code=outcome.exit_code)
+    raise PyperError(outcome.message, hint=outcome.hint)
+
+
+def _forward_stop(pool: ProcessPoolExecutor, number: int) -> None:
+    """Ask the workers to save and end (Ctrl-C reaches them by itself, `kill` does not)."""
+    for pid in list(getattr(pool, "_processes", None) or {}):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def _watch(
+    context: Context,
+    assigned: ExpertData,
+    units: Sequence[Unit],
+    futures: "Sequence[Future[_Outcome]]",
+    stop: StopRequest,
+) -> None:
+    """One bar per part, read from its `metrics.jsonl`, until all are done or one failed."""
+    budget = budget_of(context, assigned)
+    bars = new_bars(context.console)
+    tasks = {
+        unit: bars.add_task(unit.title(assigned), total=_steps(budget, unit), numbers="")
+        for unit in units
+    }
+    with bars:
+        while not all(future.done() for future in futures):
+            if stop() or any(_failed(future) for future in futures):
+                return
+            _refresh(context, tasks, bars)
+            time.sleep(_POLL_SECONDS)
+        _refresh(context, tasks, bars)
+
+
+def _steps(budget: Budget, unit: Unit) -> int:
+    return budget.control if unit.kind == "control" else budget.experts[unit.index]
+
+
+def _refresh(context: Context, tasks: dict[Unit, TaskID], bars: Bars) -> None:
+    for unit, task in tasks.items():
+        record = read_last_record(unit.folder(context) / "metrics.jsonl")
+        if record:
+            bars.update(task, completed=record["step"], numbers=describe(record))

@@ -1,0 +1,38 @@
+"""All stages of a run, in order; what is complete is skipped."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pyper.stages.assign import ExpertData, assign
+from pyper.stages.context import Context
+from pyper.stages.evaluate import evaluate
+from pyper.stages.jobs import train_in_parallel
+from pyper.stages.mix import mix
+from pyper.stages.train import Unit, finished_result, train_unit, units_of
+from pyper.train import TrainResult
+from pyper.train.progress import ProgressBar
+
+
+def run_pipeline(context: Context) -> dict[str, Any]:
+    """assign → train → mix → evaluate; returns `evaluation.json`."""
+    assigned = assign(context)
+    train_missing(context, assigned)
+    mix(context, assigned)
+    return evaluate(context)
+
+
+def train_missing(context: Context, assigned: ExpertData) -> None:
+    """Train every part that is not complete yet: the seed, then the rest (`jobs` at a time)."""
+    first, rest = units_of(context)
+    train_units(context, assigned, first)
+    missing = [unit for unit in rest if finished_result(unit.folder(context)) is None]
+    if context.run.run.jobs > 1 and len(missing) > 1:
+        train_in_parallel(context, assigned, missing, min(context.run.run.jobs, len(missing)))
+    else:
+        train_units(context, assigned, missing)
+
+
+def train_units(context: Context, assigned: ExpertData, units: Sequence[Unit]) -> list[TrainResult]:
+    """Train some parts, one after another."""
+    progress = ProgressBar(context.console)
+    return [train_unit(context, assigned, unit, progress) for unit in units]
