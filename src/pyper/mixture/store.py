@@ -47,6 +47,8 @@ class ExpertSource:
 
     config: ExpertConfig
     folder: Path
+    entry: FileEntry | None = None
+    """Size and hash of the weights; default: from the folder's own manifest."""
 
 
 def save_mixture(
@@ -73,7 +75,7 @@ def save_mixture(
         for name, source in zip(expert_folders(settings), sources, strict=True):
             (folder / name).mkdir(parents=True)
             (folder / name / _CONFIG).write_text(source.config.model_dump_json(indent=1) + "\n")
-            known[f"{name}/{_WEIGHTS}"] = _link(source.folder / _WEIGHTS, folder / name / _WEIGHTS)
+            known[f"{name}/{_WEIGHTS}"] = _link(source, folder / name / _WEIGHTS)
         if counts is not None:
             write_tensors(folder / "router.safetensors", {"counts": counts})
         for index, model in enumerate(router_models):
@@ -168,13 +170,14 @@ def _check_same_vocabulary(
             )
 
 
-def _link(source: Path, target: Path) -> FileEntry:
+def _link(source: ExpertSource, target: Path) -> FileEntry:
     """A hard link (or a copy), and the entry of the manifest that vouches for the source."""
-    entry = read_manifest(source.parent).files[source.name]
+    weights = source.folder / _WEIGHTS
+    entry = source.entry or read_manifest(source.folder).files[_WEIGHTS]
     try:
-        os.link(source, target)
+        os.link(weights, target)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(weights, target)
     return entry
 
 

@@ -4,10 +4,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor
 
 from pyper.checkpoint import (
@@ -185,3 +187,23 @@ def read_assignment(folder: Path) -> ExpertData:
         counts=tensors["counts"],
         prices=None if prices is None else torch.tensor(prices, dtype=torch.float64),
     )
+
+
+def assignment_summary(folder: Path) -> dict[str, Any]:
+    """`assignment.json`: experts, loads, prices, and where each domain's tokens went."""
+    summary: dict[str, Any] = json.loads((folder / "assignment.json").read_text())
+    return summary
+
+
+def assignment_table(folder: Path) -> Table:
+    """Share of each domain's training tokens (rows) that each expert (columns) got."""
+    summary = assignment_summary(folder)
+    table = Table(title="who reads what: share of each domain's training tokens")
+    table.add_column("domain")
+    for name in summary["experts"]:
+        table.add_column(name, justify="right")
+    for domain, row in summary["domains"].items():
+        total = sum(row.values())
+        table.add_row(domain, *[f"{n / total:.0%}" if n else "" for n in row.values()])
+    table.add_row("load", *[f"{share:.1%}" for share in summary["load"]], style="dim")
+    return table

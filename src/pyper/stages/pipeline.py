@@ -1,6 +1,7 @@
 """All stages of a run, in order; what is complete is skipped."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pyper.stages.assign import ExpertData, assign
@@ -8,7 +9,7 @@ from pyper.stages.context import Context
 from pyper.stages.evaluate import evaluate
 from pyper.stages.jobs import train_in_parallel
 from pyper.stages.mix import mix
-from pyper.stages.train import Unit, finished_result, train_unit, units_of
+from pyper.stages.train import Unit, finished_result, parse_unit, train_unit, units_of
 from pyper.train import TrainResult
 from pyper.train.progress import ProgressBar
 
@@ -36,3 +37,10 @@ def train_units(context: Context, assigned: ExpertData, units: Sequence[Unit]) -
     """Train some parts, one after another."""
     progress = ProgressBar(context.console)
     return [train_unit(context, assigned, unit, progress) for unit in units]
+
+
+def train_only(context: Context, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Train the named parts (`seed`, `expert:3` …) and nothing else."""
+    assigned = assign(context)
+    units = [parse_unit(name, assigned.names) for name in names]
+    return [asdict(result) for result in train_units(context, assigned, units)]

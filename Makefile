@@ -1,0 +1,40 @@
+# make demo: environment, data, eight experts, results.  make test: the tests.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: setup demo check fmt test test-slow bench docs clean
+
+setup: .venv/.ok
+demo: .venv/.ok
+	$(BIN)/pyper quickstart
+test: .venv/.test
+	$(BIN)/pytest -q -n 2 -m "not slow"
+test-slow: .venv/.test
+	$(BIN)/pytest -q -m slow
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+fmt: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+bench: .venv/.test
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+docs:
+	@echo "The documentation is README.md and docs/."
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
+
+.venv/.ok: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+.venv/.test: .venv/.ok
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+.venv/.dev: .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

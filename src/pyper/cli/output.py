@@ -1,0 +1,47 @@
+"""Results on stdout, everything else on stderr."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pyper.errors import PyperError
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. train.epochs=2."),
+]
+
+
+def stderr() -> Console:
+    """For progress, warnings and errors."""
+    return Console(stderr=True)
+
+
+def stdout() -> Console:
+    """For results."""
+    return Console()
+
+
+def print_json(value: Any) -> None:
+    """One JSON object, and nothing else, on stdout."""
+    json.dump(value, sys.stdout, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")
+
+
+def report_error(error: PyperError) -> None:
+    """What is wrong, and what to do; no traceback."""
+    console = stderr()
+    console.print(f"[bold red]error:[/] {_plain(error.message)}", highlight=False)
+    if error.hint:
+        console.print(f"[bold]hint:[/] {_plain(error.hint)}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    """Square brackets of run files are not markup."""
+    return text.replace("[", "\\[")

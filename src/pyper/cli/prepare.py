@@ -1,0 +1,61 @@
+"""`pyper prepare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyper.cli.output import JsonOption, print_json, stderr, stdout
+
+
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="Folders or files of text.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="`bpe` (default), `bytes`, or a tokenizer.json.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Entries of a trained BPE (4096).")] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Share of the documents held out for validation (0.05).")
+    ] = None,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the documents held out for the final numbers (0.05)."),
+    ] = None,
+    min_chars: Annotated[int | None, typer.Option(help="Leave out shorter documents.")] = None,
+    split_by: Annotated[
+        str | None, typer.Option(help="How text files are cut: `document` or `blank-line`.")
+    ] = None,
+    text_key: Annotated[
+        str | None, typer.Option(help="The key of the text in .jsonl and .parquet.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn text into token shards.
+
+    A folder's sub-folders and files are its domains; files named train, valid and test keep that
+    split. Reads .txt, .jsonl (also .gz .xz .zst), .parquet and any other UTF-8 text.
+
+    Example: `pyper prepare texts/ -o data/mine --vocab-size 8192`
+    """
+    given = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "valid_fraction": valid_fraction,
+        "test_fraction": test_fraction,
+        "min_chars": min_chars,
+        "split_by": split_by,
+        "text_key": text_key,
+    }
+    # Imported here: pydantic would double the time of `pyper --help`.
+    from pyper.config import PrepareConfig
+    from pyper.config.load import validate
+
+    config = validate(PrepareConfig, {k: v for k, v in given.items() if v is not None})
+    from pyper.stages.prepare import data_summary, data_table, prepare_with_progress
+
+    manifest = prepare_with_progress(sources, output, config, stderr())
+    if as_json:
+        print_json(data_summary(manifest, output))
+    else:
+        stdout().print(data_table(manifest, output))

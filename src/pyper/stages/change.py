@@ -1,0 +1,110 @@
+"""Add experts to a mixture, or drop some, without training anything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyper.checkpoint import load_checkpoint, read_manifest, read_tensors
+from pyper.config import ExpertConfig
+from pyper.data import TextTokenizer
+from pyper.errors import CheckpointError, ConfigError, TokenizerError
+from pyper.mixture import ExpertSource, MixtureSettings, find_mixture, save_mixture
+from pyper.mixture.expert_folder import read_expert_config
+from pyper.mixture.store import expert_folders, read_settings
+from pyper.stages.assign import read_assignment
+from pyper.stages.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One expert of the changed mixture."""
+
+    name: str
+    source: ExpertSource
+    counts: Tensor | None
+
+
+def change_mixture(
+    path: Path, output: Path | None, drop: Sequence[str], add: Sequence[str]
+) -> MixtureSettings:
+    """Write a new mixture from an old one; the remaining experts stay bit for bit the same.
+
+    Raises ConfigError, CheckpointError, TokenizerError (an expert of another tokenizer).
+    """
+    if output is None:
+        raise ConfigError(
+            "`--drop` and `--add` write a new mixture", hint="say where: `-o mixtures/new`"
+        )
+    folder = find_mixture(path)
+    settings = read_settings(folder)
+    tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+    members = _members(folder, settings)
+    for name in drop:
+        if name not in [m.name for m in members]:
+            raise CheckpointError(
+                f"the mixture has no expert `{name}`", hint=f"it has {', '.join(settings.experts)}"
+            )
+        members = [m for m in members if m.name != name]
+    for text in add:
+        members.append(_other_expert(text, tokenizer))
+    if not members:
+        raise CheckpointError("a mixture needs at least one expert", hint="drop fewer")
+    changed = settings.model_copy(
+        update={
+            "experts": tuple(m.name for m in members),
+            "prices": (),  # prices belong to one set of experts
+            "top_k": min(settings.top_k, len(members)),
+        }
+    )
+    if settings.router == "lm":
+        raise ConfigError(
+            "mixtures routed by tiny language models cannot change their experts",
+            hint='mix again with `--set mixture.router="unigram"`',
+        )
+    counts = [m.counts for m in members if m.counts is not None]
+    save_mixture(
+        output,
+        changed,
+        [m.source for m in members],
+        tokenizer,
+        counts=torch.stack(counts) if settings.router == "unigram" else None,
+    )
+    return changed
+
+
+def _members(folder: Path, settings: MixtureSettings) -> list[_Member]:
+    counts: list[Tensor | None] = [None] * settings.n_experts
+    if settings.router == "unigram":
+        counts = list(read_tensors(folder / "router.safetensors")["counts"])
+    members = []
+    names = zip(settings.experts, expert_folders(settings), counts, strict=True)
+    for name, where, row in names:
+        config = read_expert_config(folder / where / "config.json")
+        entry = read_manifest(folder).files[f"{where}/model.safetensors"]
+        members.append(_Member(name, ExpertSource(config, folder / where, entry), row))
+    return members
+
+
+def _other_expert(text: str, tokenizer: TextTokenizer) -> _Member:
+    """`NAME=RUN:EXPERT`, from a run on data of the same tokenizer."""
+    name, equals, where = text.partition("=")
+    root, colon, index = where.rpartition(":")
+    if not (name and equals and colon and index.isdigit()):
+        raise ConfigError(
+            f"`--add {text}` is not of the form NAME=RUN:EXPERT",
+            hint="for example `--add poems=runs/verse:2`",
+        )
+    run = RunFolder(Path(root))
+    checkpoint = load_checkpoint(run.expert(int(index)) / "best")
+    other = read_settings(find_mixture(run.root))
+    if other.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"`{name}` was trained with another tokenizer than the mixture",
+            hint="prepare its data with this mixture's: `--tokenizer MIXTURE/tokenizer.json`",
+        )
+    config = ExpertConfig.model_validate(checkpoint.state["model_config"])
+    counts = read_assignment(run.assignment).counts[int(index)]
+    return _Member(name, ExpertSource(config, checkpoint.path), counts)

@@ -1,0 +1,91 @@
+"""`--dry-run`: what a run is and needs, before anything is spent."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.syntax import Syntax
+from rich.table import Table
+
+from pyper.checkpoint import format_bytes
+from pyper.config import RunConfig
+from pyper.data import TokenData
+from pyper.errors import DataError
+from pyper.nn import count_parameters, train_flops_per_token
+from pyper.stages.context import plan_budget, resolve
+from pyper.stages.toml import to_toml
+
+# Where the data are not prepared yet: a common size, so that counts can be shown.
+_USUAL_VOCABULARY = 32_768
+
+
+def plan(run: RunConfig) -> dict[str, Any]:
+    """Parameters, FLOPs, memory, disk and, where the data are there, steps of a run."""
+    steps: dict[str, int] | None = None
+    try:
+        data = TokenData.open(run.data.path)
+    except DataError as error:
+        note = error.message
+        update = {
+            "vocab_size": run.model.vocab_size or _USUAL_VOCABULARY,
+            "seq_len": run.model.seq_len or run.data.seq_len,
+        }
+        run = run.model_copy(update={"model": run.model.model_copy(update=update)})
+    else:
+        run, note = resolve(run, data), ""
+        steps = _steps(run, data)
+    needs = _needs(run)
+    if steps is not None:
+        tokens = sum(steps.values()) * run.train.global_batch_tokens
+        needs["train_flops"] = tokens * needs["train_flops_per_token"]
+    return {
+        "run": run.model_dump(mode="json", exclude_none=True),
+        "needs": needs,
+        "steps": steps,
+        "note": note,
+    }
+
+
+def _steps(run: RunConfig, data: TokenData) -> dict[str, int]:
+    """Steps by part, with the data divided equally (the assignment comes later)."""
+    n = run.mixture.n_experts
+    share = data.documents("train").n_tokens // n
+    budget = plan_budget(run, [share] * n, [f"expert-{i}" for i in range(n)])
+    parts = {"seed": budget.seed, "experts": sum(budget.experts)}
+    return parts | ({"control": budget.control} if run.train.control else {})
+
+
+def _needs(run: RunConfig) -> dict[str, int]:
+    parameters = count_parameters(run.model)
+    half = run.train.precision == "bf16"
+    # bf16 weights + gradients and fp32 master, sum and two moments; or fp32 four times.
+    state = parameters * (2 + 2 + 16 if half else 16)
+    optimizer = 12 if half else 8
+    checkpoint = parameters * ((2 if half else 4) + optimizer)
+    kept = run.train.keep_checkpoints + 1
+    parts = run.mixture.n_experts + 1 + int(run.train.control)
+    return {
+        "parameters_per_expert": parameters,
+        "parameters": parameters * run.mixture.n_experts,
+        "train_flops_per_token": train_flops_per_token(run.model, run.data.seq_len),
+        "memory_bytes": state,
+        "checkpoint_bytes": checkpoint,
+        "disk_bytes": checkpoint * parts * kept,
+    }
+
+
+def plan_table(planned: dict[str, Any]) -> Group:
+    """The resolved run file, and a table of what it needs."""
+    needs = planned["needs"]
+    table = Table(show_header=False, box=None)
+    table.add_row("one expert", f"{needs['parameters_per_expert']:,} parameters")
+    table.add_row("all experts", f"{needs['parameters']:,} parameters")
+    table.add_row("training", f"{needs['train_flops_per_token']:,} FLOPs per token")
+    memory = f"{format_bytes(needs['memory_bytes'])} and the activations"
+    table.add_row("memory, one expert at a time", memory)
+    table.add_row("disk, at most", format_bytes(needs["disk_bytes"]))
+    if planned["steps"] is None:
+        table.add_row("steps", f"unknown: {planned['note']}".replace("[", "\\["))
+    else:
+        table.add_row("steps", ", ".join(f"{k} {v:,}" for k, v in planned["steps"].items()))
+        table.add_row("in all", f"{needs['train_flops']:.3g} FLOPs")
+    return Group(Syntax(to_toml(planned["run"]), "toml", background_color="default"), table)

@@ -1,0 +1,120 @@
+"""Write text from a saved model, for a terminal or as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pyper.data import TextTokenizer
+from pyper.errors import ConfigError
+from pyper.generate import SamplingConfig, complete, stream
+from pyper.mixture import Mixture, MixtureSettings, load_mixture
+from pyper.stages.context import pick_device
+
+# Readable on dark and on light backgrounds.
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A mixture, or one of its experts as a mixture of one."""
+
+    mixture: Mixture
+    tokenizer: TextTokenizer
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the experts."""
+        return self.mixture.settings.experts
+
+
+def open_model(
+    path: Path, *, expert: str | None, mixing: str | None, resident: int | None, device: str
+) -> OpenModel:
+    """Open the mixture of a run. Raises CheckpointError, ConfigError for an unknown expert."""
+    mixture, tokenizer = load_mixture(path, device=pick_device(device), resident=resident)
+    if mixing is not None:
+        mixture.settings = _with_mixing(mixture.settings, mixing)
+    if expert is not None:
+        mixture = _only(mixture, expert)
+    return OpenModel(mixture, tokenizer)
+
+
+def _with_mixing(settings: MixtureSettings, mixing: str) -> MixtureSettings:
+    known = ("posterior", "top1", "window")
+    if mixing not in known:
+        raise ConfigError(f"unknown mixing `{mixing}`", hint=f"one of {', '.join(known)}")
+    return settings.model_copy(update={"mixing": mixing})
+
+
+def _only(mixture: Mixture, expert: str) -> Mixture:
+    names = mixture.settings.experts
+    if expert in names:
+        index = names.index(expert)
+    elif expert.isdigit() and int(expert) < len(names):
+        index = int(expert)
+    else:
+        raise ConfigError(
+            f"there is no expert `{expert}`", hint=f"0 … {len(names) - 1}, or {', '.join(names)}"
+        )
+    settings = mixture.settings.model_copy(
+        update={"experts": (names[index],), "mixing": "posterior", "top_k": 1, "prices": ()}
+    )
+    return Mixture(settings, [lambda: mixture.expert(index)], None)
+
+
+def print_stream(
+    model: OpenModel,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    console: Console,
+    *,
+    show_experts: bool = False,
+) -> None:
+    """Print prompts and what follows; one prompt streams, several come one after another."""
+    for number, prompt in enumerate(prompts):
+        if number:
+            console.print()
+        console.print(Text(prompt, style="bold"), end="")
+        tokens = [0] * len(model.names)
+        for piece in stream(model.mixture, model.tokenizer, [prompt], sampling):
+            style = _COLOURS[piece.expert % len(_COLOURS)] if show_experts else ""
+            tokens[piece.expert] += 1
+            console.print(Text(piece.text, style=style), end="", soft_wrap=True)
+        console.print()
+        if show_experts:
+            console.print(_legend(model.names, tokens))
+
+
+def _legend(names: Sequence[str], tokens: Sequence[int]) -> Text:
+    """Who wrote how much."""
+    text = Text("— ")
+    for index, (name, n) in enumerate(zip(names, tokens, strict=True)):
+        if n:
+            share = f"{name} {n / sum(tokens):.0%}  "
+            text.append(share, style=_COLOURS[index % len(_COLOURS)])
+    return text
+
+
+def write_json(
+    model: OpenModel, prompts: Sequence[str], sampling: SamplingConfig
+) -> dict[str, Any]:
+    """All completions, side by side in one batch, with the expert of every token."""
+    completions = complete(model.mixture, model.tokenizer, prompts, sampling)
+    return {
+        "experts": list(model.names),
+        "completions": [
+            {
+                "prompt": prompt,
+                "text": completion.text,
+                "finished": completion.finished,
+                "tokens": [
+                    {"text": p.text, "expert": model.names[p.expert]} for p in completion.pieces
+                ],
+            }
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ],
+    }
