@@ -25,10 +25,13 @@ from pyper.train import TrainingData, TrainPlan, branch_schedule, train_expert
 from pyper.train.metrics import read_metrics
 
 
-def new_model(config: ExpertConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def new_model(
+    config: ExpertConfig, device: torch.device, dtype: torch.dtype, *, init: bool
+) -> Transformer:
     with torch.device(device):
         model = Transformer(config).to(dtype)
-    init_weights(model, seed=0)
+    if init:  # a model that resumes is overwritten anyway
+        init_weights(model, seed=0)
     return model
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         start = time.monotonic()
         try:
             train_expert(
-                new_model(expert, device, dtype),
+                new_model(expert, device, dtype, init=True),
                 documents,
                 config,
                 plan,
@@ -86,10 +89,11 @@ def main() -> None:
         except InterruptedRun as stopped:
             print(stopped.message)
         numbers["first_half_and_save_seconds"] = round(time.monotonic() - start, 1)
+        print(numbers, flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         start = time.monotonic()
-        model = new_model(expert, device, dtype)
+        model = new_model(expert, device, dtype, init=False)
         result = train_expert(model, documents, config, plan, Path(folder))
         numbers["load_second_half_and_save_seconds"] = round(time.monotonic() - start, 1)
         records = [r for r in read_metrics(Path(folder) / "metrics.jsonl") if "loss" in r]
@@ -117,7 +121,8 @@ def main() -> None:
     mixture = Mixture(settings, [lambda: model.eval()], None)
     start = time.monotonic()
     sampling = SamplingConfig(max_new_tokens=64, temperature=0.8, top_k=50)
-    text = complete(mixture, data.tokenizer(), ["The "], sampling)[0]
+    with torch.compiler.set_stance("force_eager"):  # the blocks were compiled for training
+        text = complete(mixture, data.tokenizer(), ["The "], sampling)[0]
     numbers["generated"] = text.text
     numbers["generated_tokens_per_second"] = round(len(text.pieces) / (time.monotonic() - start), 1)
     for key, value in numbers.items():

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyper.data import Documents, Packing, document_ids, positions
+from pyper.data import Documents, Packing
 from pyper.errors import DataError
+from pyper.nn.documents import document_ids, positions
 
 BOS = 0
 

@@ -3,7 +3,7 @@
 from pyper.data.embedded import HarvestReport, harvest
 from pyper.data.loader import Batch, Loader, LoaderPosition
 from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
-from pyper.data.packing import Packing, document_ids, positions
+from pyper.data.packing import Packing
 from pyper.data.prepare import prepare
 from pyper.data.readers import Document, ReadCounts, read_documents
 from pyper.data.shards import Documents, ShardWriter, TokenData
@@ -28,9 +28,7 @@ __all__ = [
     "SplitEntry",
     "TextTokenizer",
     "TokenData",
-    "document_ids",
     "harvest",
-    "positions",
     "prepare",
     "read_documents",
 ]

@@ -1,7 +1,7 @@
 """Domains, routers, and experts joined into one language model."""
 
 from pyper.mixture.discovery import Domains, assign_documents, discover_unigram
-from pyper.mixture.expert_folder import build_expert, load_expert, write_expert
+from pyper.mixture.expert_folder import build_expert, load_expert
 from pyper.mixture.mixture import Mixture
 from pyper.mixture.router import LMRouter, PrefixRouter, UnigramRouter
 from pyper.mixture.settings import MixtureSettings
@@ -22,5 +22,4 @@ __all__ = [
     "load_expert",
     "load_mixture",
     "save_mixture",
-    "write_expert",
 ]

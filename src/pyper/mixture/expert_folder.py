@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 
 from pyper.checkpoint import load_model_tensors
 from pyper.config import ExpertConfig
@@ -32,13 +31,6 @@ def load_tensors_into(model: Transformer, tensors: dict[str, torch.Tensor]) -> N
         raise CheckpointError(
             f"the checkpoint and the model differ in their weights, e.g. `{wrong[0]}`", hint=hint
         )
-
-
-def write_expert(folder: Path, model: Transformer) -> None:
-    """Write config and weights into an existing folder (of a mixture that is being saved)."""
-    (folder / "config.json").write_text(model.config.model_dump_json(indent=1) + "\n")
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model_tensors(model).items()}
-    save_file(tensors, folder / "model.safetensors")
 
 
 def read_expert_config(file: Path) -> ExpertConfig:

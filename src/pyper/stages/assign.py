@@ -23,8 +23,13 @@ from pyper.checkpoint import write_json_atomically as write_json
 from pyper.data import SPLITS, Documents, Split
 from pyper.errors import CheckpointError, DataError
 from pyper.mixture import assign_documents, discover_unigram
+from pyper.routing import apply_prices, assign_with_prices
 from pyper.stages.context import Context
 from pyper.stages.folder import is_complete
+from pyper.stages.tiny_lm import document_scores, train_tiny_lm
+
+# EM converges in few rounds from the unigram domains (arXiv:2410.03529 makes 94 from noise).
+_LM_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def _metadata(context: Context) -> dict[str, Json]:
         "data": context.data.manifest.fingerprint,
         "n_experts": mixture.n_experts,
         "assign": mixture.assign,
+        "scores": mixture.discover_scores,
         "rounds": mixture.discover_rounds,
         "random_seed": context.run.run.random_seed,
     }
@@ -94,7 +100,39 @@ def _discover(context: Context) -> tuple[dict[Split, NDArray[np.int64]], Tensor]
             ).expert.numpy()
             for split in SPLITS
         }
+    if context.run.mixture.discover_scores == "lm":
+        return _refine(context, expert["train"])
     return expert, domains.prices
+
+
+def _refine(
+    context: Context, expert: NDArray[np.int64]
+) -> tuple[dict[Split, NDArray[np.int64]], Tensor]:
+    """Go on from the unigram domains with tiny language models: train, score, divide, repeat."""
+    train = context.data.documents("train")
+    seq_len = context.run.data.seq_len
+    lengths = torch.from_numpy(train.lengths).double()
+    for round_number in range(_LM_ROUNDS):
+        models = [
+            train_tiny_lm(
+                context.run,
+                train.select(np.flatnonzero(expert == e)),
+                context.folder.discovery_model(round_number, e),
+                name=f"domain {e}, round {round_number + 1}",
+                device=context.device,
+                console=context.console,
+            )
+            for e in range(context.n_experts)
+        ]
+        assignment = assign_with_prices(document_scores(models, train, seq_len), weights=lengths)
+        expert = assignment.expert.numpy()
+    divided: dict[Split, NDArray[np.int64]] = {"train": expert}
+    for split in ("valid", "test"):
+        documents = context.data.documents(split)
+        scores = document_scores(models, documents, seq_len).double()
+        weights = torch.from_numpy(documents.lengths).double()
+        divided[split] = apply_prices(scores, assignment.prices, weights).numpy()
+    return divided, assignment.prices
 
 
 def _write(

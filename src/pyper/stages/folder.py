@@ -72,6 +72,10 @@ class RunFolder:
         """One expert of the second control."""
         return self.root / "random-shards" / f"{index:02d}"
 
+    def discovery_model(self, round_number: int, index: int) -> Path:
+        """One tiny language model of domain discovery."""
+        return self.root / "discovery" / f"round-{round_number}" / f"{index:02d}"
+
     def router_model(self, index: int) -> Path:
         """One tiny language model of the router."""
         return self.root / "routers" / f"{index:02d}"

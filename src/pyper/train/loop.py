@@ -130,8 +130,8 @@ class _Trainer:
         """The loop, as numbered steps."""
         # 1. go on where an earlier process stopped
         restore(self.state, self.store, self.progress)
-        self.progress.start(self.plan.name, self.plan.total_steps, self.state.step)
         sinks = open_sinks(self.folder, self.plan.name, self.track, self.state.step)
+        self.progress.start(self.plan.name, self.plan.total_steps, self.state.step)
         try:
             if not self.state.finished:
                 self._train(sinks, stop_request, should_stop)

@@ -110,9 +110,9 @@ class WandbSink:
 
 def open_sinks(folder: Path, name: str, track: TrackConfig, resume_step: int) -> list[Sink]:
     """`metrics.jsonl` always, and what `[track]` asks for."""
-    sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", resume_step)]
+    trackers: list[Sink] = []  # first: one that is not installed must leave no file open
     if track.tensorboard:
-        sinks.append(TensorBoardSink(folder))
+        trackers.append(TensorBoardSink(folder))
     if track.wandb is not None:
-        sinks.append(WandbSink(track.wandb, folder, name))
-    return sinks
+        trackers.append(WandbSink(track.wandb, folder, name))
+    return [MetricsFile(folder / "metrics.jsonl", resume_step), *trackers]
