@@ -68,13 +68,13 @@ class ExpertOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the states of `state_dict`; the model's weights follow the masters."""
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            peaks = [group["lr"] for group in optimizer.param_groups]
+            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             optimizer.load_state_dict(saved)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak
-        own = [m for p, m in zip(self._model_params, self._masters, strict=True) if m is not p]
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)  # moments come from the state, settings from the run file
+        masters = [m for p, m in zip(self._model_params, self._masters, strict=True) if m is not p]
         with torch.no_grad():
-            for master, saved in zip(own, state["masters"], strict=True):
+            for master, saved in zip(masters, state["masters"], strict=True):
                 master.copy_(saved)
         self._copy_masters_to_model()
 

@@ -1,0 +1,320 @@
+"""Run files: what is accepted, what is refused, and in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyper.config import (
+    ExpertConfig,
+    PrepareConfig,
+    RunConfig,
+    TrainConfig,
+    list_presets,
+    load_run,
+    parse_run,
+    preset_path,
+    read_toml,
+)
+from pyper.config.load import apply_override, validate
+from pyper.errors import ConfigError
+from pyper.stages.toml import to_toml
+
+
+def run_of(**sections: Any) -> RunConfig:
+    return parse_run({"data": {"seq_len": 64}, **sections})
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "nearest"),
+    [
+        ({"train": {"epochs": 1, "learning_rat": 1}}, "train.learning_rat", "learning_rate"),
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {"n_layer": 2}}, "model.n_layer", "n_layers"),
+        ({"mixture": {"expert": 8}}, "mixture.expert", "n_experts"),
+        (
+            {"train": {"epochs": 1, "early_stopping": {"patiense": 3}}},
+            "train.early_stopping.patiense",
+            "patience",
+        ),
+        (
+            {"model": {"rope_scaling": {"kind": "yarn", "factor": 2, "original": 5}}},
+            "model.rope_scaling.original",
+            "original_seq_len",
+        ),
+        ({"expert": [{"name": "law", "learning_rat": 1}]}, "expert.learning_rat", "learning_rate"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(
+    sections: dict[str, Any], key: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run(sections)
+    assert caught.value.message == f"unknown key `{key}`"
+    assert caught.value.hint == f"did you mean `{nearest}`?"
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_of(data={"zzz": 1})
+    assert caught.value.hint == "known: path, seq_len, loader_workers"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "learning_rate", -1.0),
+        ("train", "learning_rate", "fast"),
+        ("train", "learning_rate", float("nan")),
+        ("train", "beta2", 1.0),
+        ("train", "seed_fraction", 1.0),
+        ("train", "schedule", "step"),
+        ("train", "precision", "fp8"),
+        ("train", "global_batch_tokens", "many"),
+        ("train", "global_batch_tokens", 0),
+        ("train", "micro_batch_size", 0),
+        ("train", "gradient_clip", 0),
+        ("model", "d_model", 0),
+        ("model", "activation", "sigmoid"),
+        ("data", "seq_len", 7),
+        ("data", "loader_workers", 65),
+        ("mixture", "n_experts", 0),
+        ("mixture", "temperature", 2.0),
+        ("mixture", "router", "oracle"),
+        ("mixture", "top_k", 9),
+        ("run", "jobs", 0),
+        ("run", "random_seed", -1),
+        ("evaluate", "split", "train"),
+    ],
+)
+def test_a_value_out_of_range_names_key_and_value(section: str, key: str, value: object) -> None:
+    settings = {key: value} | ({"epochs": 1} if section == "train" else {})
+    with pytest.raises(ConfigError) as caught:
+        parse_run({section: settings})
+    assert f"`{section}.{key}`" in caught.value.message
+    assert str(value) in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"d_model": 100, "n_heads": 8}, "not a multiple"),
+        ({"n_heads": 8, "n_kv_heads": 3}, "must divide"),
+        ({"head_dim": 5}, "even `head_dim`"),
+    ],
+)
+def test_heads_must_fit(model: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        run_of(model=model)
+    assert caught.value.hint
+
+
+def test_a_batch_must_hold_whole_sequences() -> None:
+    with pytest.raises(ConfigError, match=r"`train.global_batch_tokens` \(100\)") as caught:
+        run_of(train={"epochs": 1, "global_batch_tokens": 100})
+    assert caught.value.hint == "use e.g. 64"
+
+
+@pytest.mark.parametrize("budget", [{}, {"epochs": 1, "steps": 2}, {"tokens": 5, "epochs": 1}])
+def test_a_budget_is_given_in_exactly_one_way(budget: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="exactly one of `epochs`, `tokens` and `steps`"):
+        run_of(train=budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2B", 2_000_000_000), ("300M", 300_000_000), ("1.5k", 1500), ("2t", 2 * 10**12), (64, 64)],
+)
+def test_counts_may_have_a_unit(text: object, count: int) -> None:
+    assert TrainConfig.model_validate({"tokens": text}).tokens == count
+
+
+def test_sections_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ExpertConfig().d_model = 3  # type: ignore[misc]
+
+
+class TestExperts:
+    """`[[expert]]`."""
+
+    def test_changes_only_what_it_names(self) -> None:
+        run = run_of(
+            train={"epochs": 4, "learning_rate": 1e-3, "weight_decay": 0.2},
+            expert=[{"name": "law", "learning_rate": 3e-4}],
+        )
+        law = run.expert_train(5, "law")
+        assert (law.learning_rate, law.weight_decay, law.epochs) == (3e-4, 0.2, 4)
+        assert run.expert_train(5, "poems") == run.train
+
+    def test_is_found_by_name_and_by_index(self) -> None:
+        run = run_of(
+            expert=[{"index": 3, "beta1": 0.5}, {"name": "law", "beta1": 0.6}], train={"steps": 1}
+        )
+        assert run.expert_train(3, "poems").beta1 == 0.5
+        assert run.expert_train(0, "law").beta1 == 0.6
+        assert run.expert_train(0).beta1 == run.train.beta1
+        assert run.override_of(0) is None
+
+    @pytest.mark.parametrize("own", [{"steps": 7}, {"tokens": "1k"}, {"epochs": 2}])
+    def test_its_budget_replaces_the_one_of_the_run(self, own: dict[str, Any]) -> None:
+        run = run_of(train={"epochs": 4}, expert=[{"index": 0} | own])
+        train = run.expert_train(0)
+        given = {k for k in ("epochs", "tokens", "steps") if getattr(train, k) is not None}
+        assert given == own.keys()
+        assert run.has_own_budget(0)
+        assert not run.has_own_budget(1)
+
+    def test_another_setting_is_no_budget(self) -> None:
+        run = run_of(train={"epochs": 4}, expert=[{"index": 0, "beta1": 0.5}])
+        assert not run.has_own_budget(0)
+
+    def test_must_say_which_it_is(self) -> None:
+        with pytest.raises(ConfigError, match="neither `name` nor `index`"):
+            run_of(expert=[{"learning_rate": 1e-3}])
+
+    @pytest.mark.parametrize("key", ["seed_fraction", "control", "random_shards"])
+    def test_cannot_change_what_belongs_to_the_run(self, key: str) -> None:
+        with pytest.raises(ConfigError, match=f"`{key}` belongs to the whole run"):
+            run_of(expert=[{"index": 0, key: 0}])
+
+    def test_may_stop_by_its_own_patience(self) -> None:
+        run = run_of(expert=[{"index": 1, "early_stopping": {"patience": 10}}])
+        stopping = run.expert_train(1).early_stopping
+        assert stopping is not None
+        assert stopping.patience == 10
+
+    def test_its_batch_must_hold_whole_sequences(self) -> None:
+        with pytest.raises(ConfigError, match="global_batch_tokens"):
+            run_of(train={"epochs": 1}, expert=[{"index": 0, "global_batch_tokens": 100}])
+
+    def test_a_value_out_of_range_names_the_expert(self) -> None:
+        with pytest.raises(ConfigError, match=r"`expert\.learning_rate`"):
+            run_of(expert=[{"index": 0, "learning_rate": -1}])
+
+
+class TestSet:
+    """`--set`."""
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("train.epochs=2", 2),
+            ("train.learning_rate=3e-4", 3e-4),
+            ("train.learning_rate=auto", "auto"),
+            ('train.learning_rate="auto"', "auto"),
+            ("train.control=false", False),
+            ("data.path=data/my folder", "data/my folder"),
+            ("data.path=a=b", "a=b"),
+            ("evaluate.prefixes=[4, 8]", [4, 8]),
+            ("train.early_stopping={ patience = 3 }", {"patience": 3}),
+            ("train.early_stopping.patience=3", 3),
+            (" run.jobs = 2", 2),
+        ],
+    )
+    def test_values_are_toml_or_else_text(self, override: str, value: object) -> None:
+        values: dict[str, Any] = {}
+        apply_override(values, override)
+        keys = override.partition("=")[0].strip().split(".")
+        inner: Any = values
+        for key in keys:
+            inner = inner[key]
+        assert inner == value
+
+    @pytest.mark.parametrize("text", ["epochs=2", "train.epochs", "=2", "train.=2", ".epochs=2"])
+    def test_another_form_is_refused_with_an_example(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=r"not of the form section\.key=value") as caught:
+            apply_override({}, text)
+        assert "--set train.learning_rate=3e-4" in caught.value.hint
+
+    def test_a_key_below_a_value_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="`epochs` is not a section"):
+            apply_override({"train": {"epochs": 1}}, "train.epochs.x=1")
+
+    def test_a_budget_replaces_the_one_in_the_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.toml", "[train]\nepochs = 4\n")
+        run = load_run(file, ["train.steps=10"])
+        assert (run.train.steps, run.train.epochs) == (10, None)
+
+    def test_is_checked_like_the_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.toml", "")
+        with pytest.raises(ConfigError, match=r"unknown key `train.epoch`") as caught:
+            load_run(file, ["train.epoch=10", "train.steps=1"])
+        assert caught.value.hint == "did you mean `epochs`?"
+
+
+class TestFiles:
+    """Reading run files."""
+
+    @pytest.mark.parametrize("name", list_presets())
+    def test_every_shipped_run_file_loads(self, name: str) -> None:
+        run = load_run(name)
+        assert run == load_run(preset_path(name))
+        assert run.run.folder is not None
+
+    def test_the_folder_is_named_after_the_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "mine.toml", "")
+        assert load_run(file).run.folder == Path("runs/mine")
+        assert load_run(file, ["run.folder=elsewhere"]).run.folder == Path("elsewhere")
+
+    def test_bad_toml_names_file_and_line(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "bad.toml", "[train]\nepochs = 1\nschedule = wsd\n")
+        with pytest.raises(ConfigError, match=r"bad\.toml is not valid TOML.*line 3") as caught:
+            load_run(file)
+        assert 'schedule = "wsd"' in caught.value.hint
+
+    def test_a_file_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "latin.toml").write_bytes(b"[run]\nfolder = '\xe9'\n")
+        with pytest.raises(ConfigError, match="is not UTF-8"):
+            load_run(tmp_path / "latin.toml")
+
+    def test_a_byte_order_mark_does_no_harm(self, tmp_path: Path) -> None:
+        (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
+        assert load_run(tmp_path / "bom.toml").train.steps == 3
+
+    def test_a_missing_file_names_the_nearest(self, tmp_path: Path) -> None:
+        write(tmp_path / "tales.toml", "")
+        with pytest.raises(ConfigError, match="no run file") as caught:
+            load_run(tmp_path / "tale.toml")
+        assert "tales.toml" in caught.value.hint
+
+    def test_a_mistyped_preset_names_the_nearest(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_run("smal")
+        assert caught.value.hint == "did you mean `small`?"
+
+    def test_a_run_folder_stands_for_its_run_file(self, tmp_path: Path) -> None:
+        write(tmp_path / "run.toml", "[train]\nsteps = 3\n")
+        assert load_run(tmp_path).train.steps == 3
+
+
+@pytest.mark.parametrize("name", [*list_presets(), "all"])
+def test_a_resolved_run_file_reads_back_as_the_same_run(name: str, tmp_path: Path) -> None:
+    values = {
+        "run": {"folder": 'odd "name" \\ é'},
+        "data": {"seq_len": 64},
+        "model": {"rope_scaling": {"kind": "ntk", "factor": 2.5}},
+        "train": {"tokens": "2M", "early_stopping": {"patience": 3}},
+        "expert": [
+            {"name": "law", "learning_rate": 1e-5, "early_stopping": {"patience": 2}},
+            {"index": 3, "steps": 7},
+        ],
+    }
+    run = parse_run(values) if name == "all" else load_run(name)
+    text = to_toml(run.model_dump(mode="json", exclude_none=True))
+    assert parse_run(read_toml(write(tmp_path / "run.toml", text))) == run
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [({"vocab_size": 10}, "vocab_size"), ({"split_by": "page"}, "split_by")],
+)
+def test_settings_of_prepare_are_checked_too(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{key}`"):
+        validate(PrepareConfig, values)

@@ -1,0 +1,225 @@
+"""AdamW groups, Muon, clipping, masters and states."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import SEQ_LEN, new_config, new_model, weights_of
+from torch import Tensor
+
+from pyper.checkpoint import flatten_state, same_state, unflatten_state
+from pyper.config import ExpertConfig
+from pyper.nn import Transformer, init_weights
+from pyper.train.muon import Muon, orthogonalize
+from pyper.train.optimizer import ExpertOptimizer
+
+
+def give_gradients(
+    model: Transformer, value: Callable[[Tensor], Tensor], optimizer: ExpertOptimizer
+) -> None:
+    for parameter in model.parameters():
+        parameter.grad = value(parameter)
+    optimizer.collect_gradients()
+
+
+def random_gradients(seed: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda p: torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64), (48, 16)])
+def test_orthogonalize_brings_all_singular_values_near_one(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    matrices = torch.randn(5, *shape, generator=generator) * 1e-3
+
+    values = torch.linalg.svdvals(orthogonalize(matrices))
+
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_orthogonalize_keeps_the_singular_vectors() -> None:
+    left, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    right, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
+    matrix = left @ torch.diag(torch.linspace(1.0, 2.0, 8)) @ right
+
+    middle = left.T @ orthogonalize(matrix[None])[0] @ right.T
+
+    torch.testing.assert_close(middle, torch.diag(middle.diag()), atol=1e-4, rtol=0)
+    assert (middle.diag() > 0.6).all()
+
+
+def test_orthogonalize_of_nothing_is_nothing() -> None:
+    assert orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+def test_muon_treats_query_key_and_value_as_three_matrices() -> None:
+    """Grouped heads: the three differ in height. One fused step equals three separate ones."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(16 + 8 + 8, 16, generator=generator)
+    gradient = torch.randn(start.shape, generator=generator) * torch.linspace(1, 9, 32)[:, None]
+    rows = (16, 8, 8)
+    fused = torch.nn.Parameter(start.clone())
+    parts = [torch.nn.Parameter(part.clone()) for part in start.split(rows)]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    whole = Muon([fused], row_splits=[rows], **options)
+    apart = Muon(parts, row_splits=[None] * 3, **options)
+    for _ in range(3):
+        fused.grad = gradient.clone()
+        for part, g in zip(parts, gradient.split(rows), strict=True):
+            part.grad = g.clone()
+        whole.step()
+        apart.step()
+
+    torch.testing.assert_close(fused.data, torch.cat([p.data for p in parts]))
+    unsplit = torch.nn.Parameter(start.clone())
+    unsplit.grad = gradient
+    Muon([unsplit], row_splits=[None], **options).step()
+    assert not torch.allclose(unsplit, fused)
+
+
+def test_muon_of_an_expert_splits_its_fused_matrix_and_leaves_the_rest_to_adamw() -> None:
+    config = ExpertConfig(
+        vocab_size=257, seq_len=SEQ_LEN, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2
+    )
+    model = Transformer(config)
+    init_weights(model, 0)
+    optimizer = ExpertOptimizer(model, new_config(optimizer="muon", weight_decay=0.0), 3e-3)
+    before = weights_of(model)
+    give_gradients(model, random_gradients(1), optimizer)
+    optimizer.step(1.0)
+
+    update = {name: (before[name] - w) for name, w in weights_of(model).items()}
+    fused = next(n for n in update if n.endswith("qkv.weight"))
+    for part in update[fused].split((16, 8, 8)):
+        values = torch.linalg.svdvals(part / 0.02)
+        assert 0.6 < values.min() <= values.max() < 1.3
+    # Adam's first step moves every weight by the rate
+    torch.testing.assert_close(
+        update["embedding.weight"].abs(), torch.full((257, 16), 3e-3), rtol=1e-2, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_survive_the_way_through_a_checkpoint(name: str, dtype: torch.dtype) -> None:
+    def step(model: Transformer, optimizer: ExpertOptimizer, seed: int) -> None:
+        give_gradients(model, random_gradients(seed), optimizer)
+        optimizer.step(1.0)
+
+    config = new_config(optimizer=name)
+    model = new_model(dtype)
+    optimizer = ExpertOptimizer(model, config, 3e-3)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    tensors, skeleton = flatten_state(optimizer.state_dict())
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    twin = new_model(dtype)
+    twin.load_state_dict(weights_of(model))
+    other = ExpertOptimizer(twin, config, 3e-3)
+    other.load_state_dict(unflatten_state(tensors, skeleton))
+    assert same_state(other.state_dict(), optimizer.state_dict())
+
+    step(model, optimizer, 9)
+    step(twin, other, 9)
+
+    ours, theirs = weights_of(model), weights_of(twin)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loaded_state_brings_no_settings_along(name: str) -> None:
+    """The seed ends with its own; an expert may differ in rate, decay and momentum."""
+    model = new_model()
+    before = ExpertOptimizer(model, new_config(optimizer=name), 3e-3)
+    give_gradients(model, random_gradients(0), before)
+    before.step(0.01)
+    own = new_config(
+        optimizer=name, weight_decay=0.3, beta1=0.5, beta2=0.6, adam_eps=1e-5, muon_momentum=0.7
+    )
+    fresh, loaded = ExpertOptimizer(new_model(), own, 1e-3), ExpertOptimizer(new_model(), own, 1e-3)
+
+    loaded.load_state_dict(before.state_dict())
+
+    for ours, theirs in zip(
+        loaded.state_dict()["optimizers"], fresh.state_dict()["optimizers"], strict=True
+    ):
+        assert ours["param_groups"] == theirs["param_groups"]
+        assert ours["state"]
+        assert not theirs["state"]
+
+
+def test_small_updates_that_bf16_would_lose_add_up_in_the_masters() -> None:
+    model = new_model(torch.bfloat16)
+    config = new_config(precision="bf16", weight_decay=0.0, gradient_clip=None)
+    optimizer = ExpertOptimizer(model, config, 1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = ExpertOptimizer(model, config, 1e-4)
+    for _ in range(200):
+        give_gradients(model, torch.ones_like, optimizer)
+        optimizer.step(1.0)
+
+    # one update of 1e-4 is far below bf16's step of 4e-3 at 1; 200 of them are not
+    expected = torch.tensor(1.0 - 200e-4).bfloat16()
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter, expected.expand_as(parameter), rtol=0, atol=4e-3)
+
+
+def test_bf16_gradients_are_summed_in_float32() -> None:
+    model = new_model(torch.bfloat16)
+    optimizer = ExpertOptimizer(model, new_config(gradient_clip=None), 1e-4)
+    give_gradients(model, torch.ones_like, optimizer)
+    for _ in range(100):
+        give_gradients(model, lambda p: torch.full_like(p, 2.0**-9), optimizer)
+
+    n = sum(parameter.numel() for parameter in model.parameters())
+    norm = float(optimizer.clip_gradients())
+    assert norm == pytest.approx((1 + 100 * 2.0**-9) * n**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_pulls_matrices_and_nothing_else(name: str) -> None:
+    model = new_model()
+    before = weights_of(model)
+    optimizer = ExpertOptimizer(model, new_config(optimizer=name, weight_decay=0.5), 1e-2)
+    give_gradients(model, torch.zeros_like, optimizer)
+    optimizer.step(1.0)
+
+    for key, weight in weights_of(model).items():
+        decays = key == "head.weight" or (key.startswith("blocks.") and weight.ndim == 2)
+        rate = 1e-2
+        if name == "muon" and key.startswith("blocks."):
+            rate = 0.02 * 1e-2 / 3e-3
+        expected = before[key] * (1 - rate * 0.5) if decays else before[key]
+        torch.testing.assert_close(weight, expected, msg=key)
+
+
+def test_a_tied_head_is_an_embedding_and_does_not_decay() -> None:
+    config = ExpertConfig(vocab_size=257, seq_len=16, d_model=16, n_heads=2, tie_embeddings=True)
+    model = Transformer(config)
+    init_weights(model, 0)
+    before = model.head.weight.detach().clone()
+    optimizer = ExpertOptimizer(model, new_config(weight_decay=0.5), 1e-2)
+    give_gradients(model, torch.zeros_like, optimizer)
+    optimizer.step(1.0)
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1.0, 1.0), (1e9, None), (None, None)])
+def test_clipping_limits_the_norm_of_all_gradients_together(
+    clip: float | None, expected: float | None
+) -> None:
+    model = new_model()
+    optimizer = ExpertOptimizer(model, new_config(gradient_clip=clip), 1e-3)
+    give_gradients(model, torch.ones_like, optimizer)
+    n = sum(parameter.numel() for parameter in model.parameters())
+
+    norm = float(optimizer.clip_gradients(scale=torch.tensor(0.5)))
+
+    assert norm == pytest.approx(0.5 * n**0.5)
+    after = sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5
+    assert after == pytest.approx(expected or norm, rel=1e-4)
