@@ -1,14 +1,20 @@
 """What the tests of training, stages and the command line share: a small data folder."""
 
+import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from pyper.config import PrepareConfig
+from pyper.config import PrepareConfig, RunConfig, parse_run
+from pyper.config.load import apply_override
 from pyper.data import TokenData, prepare
+from pyper.stages.context import Context, open_context
+from pyper.stages.pipeline import run_pipeline
 
 DOMAINS = {
     "sums": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "-", "="],
@@ -54,3 +60,47 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+NewRun = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def new_run(data_folder: Path) -> NewRun:
+    """A run of two experts in seconds; `settings` are as for `--set`."""
+
+    def build(folder: Path, *settings: str) -> RunConfig:
+        values: dict[str, Any] = {
+            "run": {"folder": str(folder), "device": "cpu"},
+            "data": {"path": str(data_folder), "seq_len": 16, "loader_workers": 0},
+            "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 32},
+            "mixture": {"n_experts": 2, "assign": "folder"},
+            "train": {
+                "steps": 8,
+                "global_batch_tokens": 64,
+                "eval_every": 1,
+                "eval_tokens": 32,
+                "log_every": 1,
+            },
+            "evaluate": {"tokens": 128, "prefixes": [4, 8]},
+        }
+        for setting in settings:
+            apply_override(values, setting)
+        return parse_run(values)
+
+    return build
+
+
+def open_quietly(run: RunConfig) -> Context:
+    return open_context(run, Console(file=io.StringIO(), width=300))
+
+
+@pytest.fixture(scope="session")
+def finished_run(new_run: NewRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, trained, mixed and evaluated; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_pipeline(open_quietly(new_run(folder)))
+    torch.set_num_threads(threads)
+    return folder

@@ -49,7 +49,12 @@ def change_mixture(
             )
         members = [m for m in members if m.name != name]
     for text in add:
-        members.append(_other_expert(text, tokenizer))
+        member = _other_expert(text, tokenizer)
+        if member.name in [m.name for m in members]:
+            raise ConfigError(
+                f"the mixture already has an expert `{member.name}`", hint="choose another name"
+            )
+        members.append(member)
     if not members:
         raise CheckpointError("a mixture needs at least one expert", hint="drop fewer")
     changed = settings.model_copy(

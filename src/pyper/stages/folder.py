@@ -1,9 +1,11 @@
 """The run folder: where everything is, and what may change between two commands on it."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +94,17 @@ def open_run(run: RunConfig) -> RunFolder:
     existing = folder.root / "run.toml"
     if existing.is_file():
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
-    with storage_errors(existing):
-        existing.write_text(to_toml(run.model_dump(mode="json", exclude_none=True)))
+    _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
     write_json(folder.root / "run.json", _circumstances())
     return folder
+
+
+def _write_run_file(file: Path, text: str) -> None:
+    """Whole or not at all: several processes open one run, and any of them may be killed."""
+    temporary = file.with_name(f".tmp-{file.name}-{uuid.uuid4().hex}")
+    with storage_errors(file):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
 
 
 def _refuse_other_settings(before: RunConfig, now: RunConfig, root: Path) -> None:

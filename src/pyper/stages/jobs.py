@@ -55,7 +55,10 @@ def train_in_parallel(
                 for future in futures:
                     future.cancel()
                 _forward_stop(pool, stop.signal_number or signal.SIGTERM)
-    return [_result_of(future) for future in futures if not future.cancelled()]
+    done = [future for future in futures if not future.cancelled()]
+    # Parts that were asked to stop because another one failed must not hide its error.
+    done.sort(key=_was_interrupted)
+    return [_result_of(future) for future in done]
 
 
 def _work(run: RunConfig, unit: str, threads: int) -> _Outcome:
@@ -82,6 +85,10 @@ def _failed(future: "Future[_Outcome]") -> bool:
     if not future.done() or future.cancelled():
         return False
     return future.exception() is not None or future.result().result is None
+
+
+def _was_interrupted(future: "Future[_Outcome]") -> bool:
+    return future.exception() is None and future.result().exit_code >= 128
 
 
 def _result_of(future: "Future[_Outcome]") -> TrainResult:
