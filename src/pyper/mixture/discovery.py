@@ -144,7 +144,7 @@ def _random_start(excerpts: Excerpts, vocab_size: int, n_experts: int, random_se
         counts = torch.bincount(
             excerpts.tokens[excerpts.document == seed], minlength=vocab_size
         ).double()
-        # A tenth of a document's weight on the whole sample keeps every token possible.
+        # A third of the weight on the whole sample keeps every token possible.
         taken.append(counts / counts.sum() + 0.5 * everything / everything.sum())
         log_probs = torch.stack([(t / t.sum()).log().float() for t in taken])
         scores = unigram_scores(log_probs, excerpts) / excerpts.weights.float()[:, None]
@@ -164,12 +164,14 @@ def assign_documents(domains: Domains, documents: Documents, *, balanced: bool) 
     """Every document's domain. `balanced` (training data): equal tokens per expert; otherwise
     (held-out data) each goes by its score less the prices found in training."""
     chunks = np.array_split(np.arange(documents.n_documents), max(1, documents.n_documents // 4096))
+    # The empty one in front: a split without documents is no special case.
     scores = torch.cat(
-        [unigram_scores(domains.log_probs, read_excerpts(documents, c)) for c in chunks if len(c)]
+        [torch.empty(0, len(domains.prices))]
+        + [unigram_scores(domains.log_probs, read_excerpts(documents, c)) for c in chunks if len(c)]
     )
     lengths = torch.from_numpy(documents.lengths).double()
     if balanced:
         return assign_with_prices(scores, weights=lengths, prices=domains.prices)
     expert = (scores.double() - lengths[:, None] * domains.prices).argmax(dim=1)
     load = torch.zeros(len(domains.prices), dtype=torch.float64).index_add_(0, expert, lengths)
-    return Assignment(expert, domains.prices, load / load.sum())
+    return Assignment(expert, domains.prices, load / load.sum().clamp_min(1))

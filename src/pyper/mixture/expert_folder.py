@@ -27,7 +27,7 @@ def load_tensors_into(model: Transformer, tensors: dict[str, torch.Tensor]) -> N
         line = str(error).splitlines()[1].strip()
         raise CheckpointError(f"the weights do not fit the model: {line}", hint=hint) from None
     tied = {"head.weight"} if model.config.tie_embeddings else set()
-    if wrong := [*unexpected, *(set(missing) - tied)]:
+    if wrong := [*unexpected, *(name for name in missing if name not in tied)]:
         raise CheckpointError(
             f"the checkpoint and the model differ in their weights, e.g. `{wrong[0]}`", hint=hint
         )

@@ -118,31 +118,40 @@ class Mixture:
         return self._changed(
             (*self.settings.experts, name),
             [*self._loaders, loader],
-            self._router_of([*range(self.n_experts)], counts),
+            self._router_of([*range(self.n_experts)], [counts]),
         )
 
     def without_expert(self, name: str) -> "Mixture":
         """The mixture less one expert."""
+        kept = self._all_but(name)
+        if not kept:
+            raise CheckpointError("a mixture needs at least one expert", hint="add one first")
+        return self._changed(
+            tuple(self.settings.experts[e] for e in kept),
+            [self._loaders[e] for e in kept],
+            self._router_of(kept, []),
+        )
+
+    def replace_expert(self, name: str, loader: ExpertLoader, counts: Tensor | None) -> "Mixture":
+        """Another expert under the same name (at the end of the list)."""
+        kept = self._all_but(name)
+        return self._changed(
+            (*(self.settings.experts[e] for e in kept), name),
+            [*(self._loaders[e] for e in kept), loader],
+            self._router_of(kept, [counts]),
+        )
+
+    def _all_but(self, name: str) -> list[int]:
         kept = [e for e, other in enumerate(self.settings.experts) if other != name]
         if len(kept) == self.n_experts:
             raise CheckpointError(
                 f"the mixture has no expert `{name}`",
                 hint=f"it has {', '.join(self.settings.experts)}",
             )
-        if not kept:
-            raise CheckpointError("a mixture needs at least one expert", hint="add one first")
-        return self._changed(
-            tuple(self.settings.experts[e] for e in kept),
-            [self._loaders[e] for e in kept],
-            self._router_of(kept, None),
-        )
+        return kept
 
-    def replace_expert(self, name: str, loader: ExpertLoader, counts: Tensor | None) -> "Mixture":
-        """Another expert under the same name (at the end of the list)."""
-        return self.without_expert(name).with_expert(name, loader, counts)
-
-    def _router_of(self, kept: list[int], counts: Tensor | None) -> PrefixRouter | None:
-        """The unigram router for the kept experts and perhaps one more."""
+    def _router_of(self, kept: list[int], added: list[Tensor | None]) -> PrefixRouter | None:
+        """The unigram router for the kept experts and those added, by their counts (V,)."""
         if self.router is None:
             return None
         if not isinstance(self.router, UnigramRouter):
@@ -151,10 +160,10 @@ class Mixture:
                 hint='mix again with `router = "unigram"`',
             )
         rows = self.router.counts[kept]
-        if counts is not None:
+        for counts in added:
+            if counts is None:
+                raise CheckpointError("the new expert has no token counts", hint="pass `counts`")
             rows = torch.cat([rows, counts[None].to(rows)])
-        elif len(kept) == self.n_experts:
-            raise CheckpointError("the new expert has no token counts", hint="pass `counts`")
         return UnigramRouter(rows)
 
     def _changed(

@@ -52,7 +52,8 @@ class LMRouter:
     @torch.no_grad()
     def token_scores(self, tokens: Tensor) -> Tensor:
         """log p_e(x_{t+1} | x_≤t), (B, T, E), of windows (B, T + 1)."""
-        return torch.stack([_log_probs_of_next(m, tokens) for m in self.models], dim=-1)
+        scores = [_log_probs_of_next(m, tokens.to(m.device)) for m in self.models]
+        return torch.stack(scores, dim=-1).to(tokens.device)
 
 
 def _log_probs_of_next(model: Transformer, tokens: Tensor) -> Tensor:
