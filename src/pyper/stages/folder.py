@@ -16,7 +16,7 @@ from pyper import __version__
 from pyper.checkpoint import Json, read_manifest, storage_errors, verify_manifest
 from pyper.checkpoint import write_json_atomically as write_json
 from pyper.config import RunConfig, parse_run, read_toml
-from pyper.errors import CheckpointError, ConfigError
+from pyper.errors import CheckpointError, ConfigError, StorageError
 from pyper.stages.toml import to_toml
 
 # What can be changed on an existing run: it steers mixing and judging, not training.
@@ -89,14 +89,24 @@ def open_run(run: RunConfig) -> RunFolder:
     Raises ConfigError that names the first setting that differs, StorageError.
     """
     folder = RunFolder(run.run.folder or Path("runs/run"))
-    with storage_errors(folder.root):
-        folder.root.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder.root)
     existing = folder.root / "run.toml"
     if existing.is_file():
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
     _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
     write_json(folder.root / "run.json", _circumstances())
     return folder
+
+
+def _make_folder(root: Path) -> None:
+    try:
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StorageError(
+            f"cannot make the run folder {root}: a file is in the way",
+            hint="choose another one with `--set run.folder=runs/NAME`",
+        ) from None
 
 
 def _write_run_file(file: Path, text: str) -> None:

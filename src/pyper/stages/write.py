@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,11 @@ def print_stream(
     for number, prompt in enumerate(prompts):
         if number:
             console.print()
+        pieces = iter(stream(model.mixture, model.tokenizer, [prompt], sampling))
+        first = list(islice(pieces, 1))  # a prompt that cannot be served is refused here
         console.print(Text(prompt, style="bold"), end="")
         tokens = [0] * len(model.names)
-        for piece in stream(model.mixture, model.tokenizer, [prompt], sampling):
+        for piece in chain(first, pieces):
             style = _COLOURS[piece.expert % len(_COLOURS)] if show_experts else ""
             tokens[piece.expert] += 1
             console.print(Text(piece.text, style=style), end="", soft_wrap=True)

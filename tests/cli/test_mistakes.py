@@ -1,0 +1,246 @@
+"""What people get wrong: one line that says what, one that says what to do, and no traceback."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyper.checkpoint import folder_lock
+from pyper.config import PrepareConfig
+from pyper.data import prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Pyper = Callable[..., Any]
+
+
+@pytest.fixture
+def refused(pyper: Pyper) -> Callable[..., tuple[str, str]]:
+    """Run a command that must fail; gives its error and its hint."""
+
+    def run(*arguments: object) -> tuple[str, str]:
+        done = pyper(*arguments)
+        assert done.exit_code == 1, done
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        assert [line.split(":")[0] for line in done.complaint] == ["error", "hint"], done.stderr
+        error, hint = done.complaint
+        return error.removeprefix("error: "), hint.removeprefix("hint: ")
+
+    return run
+
+
+Refused = Callable[..., tuple[str, str]]
+
+
+def test_a_missing_run_file_names_the_nearest(refused: Refused, run_file: Path) -> None:
+    error, hint = refused("train", run_file.with_name("mind.toml"))
+    assert "no run file" in error
+    assert "mine.toml" in hint
+
+
+def test_missing_text(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    error, hint = refused("prepare", tmp_path / "text", "-o", tmp_path / "data")
+    assert str(tmp_path / "text") in error
+    assert "texts" in hint
+
+
+def test_missing_data(refused: Refused, run_file: Path, tmp_path: Path) -> None:
+    error, hint = refused("train", run_file, "--set", f"data.path={tmp_path / 'nothing'}")
+    assert "nothing" in error
+    assert "prepare" in hint
+
+
+def test_missing_model(refused: Refused, tmp_path: Path) -> None:
+    error, _ = refused("generate", tmp_path / "nothing")
+    assert "nothing" in error
+    error, _ = refused("inspect", tmp_path / "nothing")
+    assert "nothing" in error
+
+
+def test_an_unknown_key(refused: Refused, run_file: Path) -> None:
+    error, hint = refused("train", run_file, "--set", "train.learning_rat=1")
+    assert (error, hint) == (
+        "unknown key `train.learning_rat`",
+        "did you mean `learning_rate`?",
+    )
+
+
+def test_a_value_out_of_range(refused: Refused, run_file: Path) -> None:
+    error, _ = refused("train", run_file, "--set", "train.beta1=2")
+    assert error == "`train.beta1`: input should be less than 1, not 2"
+
+
+def test_square_brackets_of_messages_are_shown(refused: Refused, run_file: Path) -> None:
+    error, _ = refused("train", run_file, "--set", "run.jobs=[1]")
+    assert error.endswith("not [1]")
+
+
+@pytest.mark.parametrize("path", ["sums", "[red]text[/red]"])
+def test_a_path_is_never_taken_for_markup(refused: Refused, tmp_path: Path, path: str) -> None:
+    error, _ = refused("inspect", tmp_path / path)
+    assert str(tmp_path / path) in error
+
+
+def test_a_vocabulary_that_is_not_the_data_s(refused: Refused, run_file: Path) -> None:
+    error, hint = refused("train", run_file, "--set", "model.vocab_size=1000")
+    assert "1,000" in error
+    assert "257" in error
+    assert "leave `model.vocab_size` out" in hint
+
+
+def test_empty_data_says_what_was_seen(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("")
+    (tmp_path / "texts" / "b.txt").write_text("  \n")
+    error, hint = refused("prepare", tmp_path / "texts", "-o", tmp_path / "data")
+    assert "2" in error + hint
+    assert not (tmp_path / "data").exists()
+
+
+def test_too_little_data(refused: Refused, run_file: Path) -> None:
+    error, hint = refused(
+        "train",
+        run_file,
+        "--set",
+        "data.seq_len=65536",
+        "--set",
+        "train.global_batch_tokens=65536",
+    )
+    assert "65,536" in error
+    assert "data.seq_len" in hint
+
+
+def test_a_prompt_that_is_too_long(refused: Refused, finished_run: Path) -> None:
+    error, hint = refused("generate", finished_run, "-p", "x" * 100)
+    assert "16" in error
+    assert hint
+
+
+@pytest.mark.parametrize(
+    "option", [("--temperature", -1), ("--top-p", 2), ("-n", 0), ("--top-k", 0)]
+)
+def test_sampling_settings_out_of_range(
+    refused: Refused, finished_run: Path, option: tuple[str, object]
+) -> None:
+    _, hint = refused("generate", finished_run, *option)
+    assert hint
+
+
+def test_an_unknown_expert(refused: Refused, finished_run: Path) -> None:
+    error, hint = refused("generate", finished_run, "--expert", "law")
+    assert "`law`" in error
+    assert "sums, tales" in hint
+
+
+def test_an_unknown_way_of_mixing(refused: Refused, finished_run: Path) -> None:
+    error, hint = refused("generate", finished_run, "--mixing", "average")
+    assert "`average`" in error
+    assert "posterior" in hint
+
+
+def test_an_unknown_device(refused: Refused, finished_run: Path) -> None:
+    error, hint = refused("generate", finished_run, "--device", "abacus")
+    assert "`abacus`" in error
+    assert "doctor" in hint
+
+
+def test_an_unknown_part(refused: Refused, run_file: Path) -> None:
+    error, hint = refused("train", run_file, "--only", "expert:law")
+    assert "expert:law" in error
+    assert "sums, tales" in hint
+
+
+def test_an_expert_of_another_tokenizer(
+    refused: Refused,
+    pyper: Pyper,
+    run_file: Path,
+    texts_folder: Path,
+    finished_run: Path,
+    tmp_path: Path,
+) -> None:
+    prepare([texts_folder], tmp_path / "bpe", PrepareConfig(vocab_size=300))
+    assert pyper("train", run_file, "--set", f"data.path={tmp_path / 'bpe'}").exit_code == 0
+    error, hint = refused(
+        "mix", finished_run, "--add", f"more={tmp_path / 'run'}:0", "-o", tmp_path / "new"
+    )
+    assert "another tokenizer" in error
+    assert "--tokenizer" in hint
+
+
+def test_a_second_run_on_the_same_folder(refused: Refused, run_file: Path, tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "run" / "seed"):
+        error, hint = refused("train", run_file)
+    assert "in use by process" in error
+    assert "another folder" in hint
+
+
+def test_other_settings_on_the_same_folder(refused: Refused, pyper: Pyper, run_file: Path) -> None:
+    pyper("assign", run_file)
+    error, hint = refused("train", run_file, "--set", "train.beta2=0.9")
+    assert "`train.beta2` was 0.95, now it is 0.9" in error
+    assert "run.folder" in hint
+
+
+def test_a_stage_before_its_turn(refused: Refused, run_file: Path) -> None:
+    error, hint = refused("train", run_file, "--only", "expert:0")
+    assert "seed is not trained" in error
+    assert "--only seed" in hint
+    error, hint = refused("mix", run_file)
+    assert "expert 0 (`sums`) is not trained" in error
+    error, hint = refused("evaluate", run_file)
+    assert hint
+
+
+def test_a_folder_that_cannot_be_written(refused: Refused, run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        error, hint = refused("train", run_file, "--set", f"run.folder={folder}")
+        assert str(tmp_path / "file") in error
+        assert hint
+
+
+def test_an_output_that_cannot_be_written(
+    refused: Refused, texts_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    error, _ = refused("prepare", texts_folder, "-o", tmp_path / "file" / "data")
+    assert str(tmp_path / "file") in error
+
+
+def test_a_missing_extra(refused: Refused, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent: Any = None
+    monkeypatch.setitem(sys.modules, "wandb", absent)
+    error, hint = refused("train", run_file, "--set", "track.wandb=mine")
+    assert "`track.wandb` needs the package `wandb`" in error
+    assert "pip install 'pyper[track]'" in hint
+
+
+def test_a_damaged_mixture(refused: Refused, finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run / "mixture", tmp_path / "mixture")
+    file = folder / "router.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    error, _ = refused("generate", folder)
+    assert "router.safetensors" in error
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    pyper: Pyper, run_file: Path, tmp_path: Path
+) -> None:
+    assert pyper("train", run_file, "--only", "seed").exit_code == 0
+    newest = max((tmp_path / "run" / "seed" / "checkpoints").iterdir())
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+
+    done = pyper("train", run_file, "--only", "seed")
+
+    assert done.exit_code == 0
+    assert "warning:" in done.stderr
+    assert "using an earlier checkpoint" in done.stderr
