@@ -16,7 +16,7 @@ from pyper.stages.assign import assign, assignment_summary
 from pyper.stages.context import Context
 from pyper.stages.inspect import inspect_path
 from pyper.stages.pipeline import run_pipeline, train_only
-from pyper.stages.train import parse_unit
+from pyper.stages.train import _data_seed, parse_unit, units_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,3 +276,24 @@ def test_an_expert_may_differ_in_settings_and_budget(open_new: Open, tmp_path: P
     assert has_muon == [False, True]
     with pytest.raises(ConfigError, match="`expert` was"):
         open_new("own")
+
+
+@pytest.mark.parametrize("part", ["expert:0", "control"])
+def test_experts_and_control_begin_at_the_weights_and_moments_of_the_seed(
+    open_new: Open, tmp_path: Path, part: str
+) -> None:
+    """At a rate of almost nothing they stay there."""
+    train_only(open_new("branch", "train.branch_learning_rate_scale=1e-9"), ["seed", part])
+
+    folder = tmp_path / "branch" / ("control" if part == "control" else "experts/00")
+    seed, branch = (load_checkpoint(f / "best") for f in (tmp_path / "branch" / "seed", folder))
+    for name, weight in seed.model.items():
+        torch.testing.assert_close(branch.model[name], weight, rtol=0, atol=1e-7)
+    steps = {int(t) for name, t in branch.optimizer.items() if name.endswith(".step")}
+    assert steps == {4 + (4 if part == "control" else 2)}
+
+
+def test_no_two_parts_read_in_the_same_order(open_new: Open) -> None:
+    context = open_new("orders", "train.random_shards=true")
+    first, rest = units_of(context)
+    assert len({_data_seed(context, unit) for unit in [*first, *rest]}) == len(first) + len(rest)
