@@ -51,13 +51,15 @@ def test_held_out_text_follows_its_domain() -> None:
 def test_held_out_text_pays_the_prices_of_training_per_token() -> None:
     documents, held_out = draw_documents(0), draw_documents(9, n_per_domain=5)
     domains = found(documents)
-    dear = torch.tensor([0.0, 0.1, 0.7, -0.5])
+    dear = torch.tensor([0.0, 1.0, 3.0, -2.0])
     priced = Domains(domains.log_probs, dear, 0.0, [])
     got = assign_documents(priced, held_out, balanced=False)
     for index in range(held_out.n_documents):
         tokens = torch.from_numpy(held_out.tokens(index).astype(np.int64))
         value = domains.log_probs[:, tokens].sum(1) - len(tokens) * dear
         assert int(got.expert[index]) == int(value.argmax())
+    free = assign_documents(domains, held_out, balanced=False)
+    assert not torch.equal(got.expert, free.expert)
 
 
 def test_a_split_without_documents_has_no_experts() -> None:

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 from mixture.small_mixtures import MODES, ROUTERS, small_mixture
-from nn.small_experts import BOS, change_from, random_cuts, text_of
+from nn.small_experts import BOS, change_from, text_of
 from pyper.mixture import Mixture
 from pyper.mixture.mixing import one_expert
 from pyper.routing import mix_log_probs, posterior_log_weights
 
-N_CUTS, LENGTH = 60, 24
+N_TEXTS, LENGTH = 12, 24
+N_CUTS = N_TEXTS * (LENGTH - 1)
 
 
 def moved_by_a_change(score: Callable[[Tensor], Tensor]) -> tuple[int, int]:
     """Predictions (B, T, …) of `score` that tokens after them moved, and tokens before them."""
-    tokens = text_of(1, LENGTH)
-    tokens[:, 0] = BOS
-    tokens, cuts = tokens.expand(N_CUTS, -1), random_cuts(N_CUTS, LENGTH)
+    texts = text_of(N_TEXTS, LENGTH)
+    texts[:, 0] = BOS
+    # Every cut of every text: a decision one token late shows at one cut only.
+    tokens = texts.repeat_interleave(LENGTH - 1, dim=0)
+    cuts = torch.arange(1, LENGTH).repeat(N_TEXTS)
     before, after = score(tokens), score(change_from(tokens, cuts))
     moved = (before != after).flatten(2).any(-1)
     earlier = torch.arange(LENGTH) < cuts[:, None]
