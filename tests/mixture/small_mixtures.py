@@ -1,5 +1,6 @@
 """Mixtures small enough for a test, of experts that disagree about every text."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,3 +69,37 @@ def small_mixture(
     return Mixture(
         settings, loaders_of(experts), small_router(router, 4, vocab_size), resident=resident
     )
+
+
+class Shelf:
+    """Loaders that know which of their experts are in memory, and how much each has read."""
+
+    def __init__(self) -> None:
+        self.alive: weakref.WeakSet[Transformer] = weakref.WeakSet()
+        self.most = 0
+        self.loaded: list[int] = []
+        self.n_read = [0] * 4
+        """Tokens that each expert read, padding included."""
+
+    def loader(self, index: int) -> Callable[[], Transformer]:
+        def load() -> Transformer:
+            model = small_expert(index, std=0.4)
+            self.alive.add(model)
+            self.most = max(self.most, len(self.alive))
+            self.loaded.append(index)
+            model.embedding.register_forward_pre_hook(
+                lambda _, args: self._count(index, args[0].numel())
+            )
+            return model
+
+        return load
+
+    def _count(self, index: int, n_tokens: int) -> None:
+        self.n_read[index] += n_tokens
+
+    def mixture(
+        self, resident: int | None = None, router: str = "unigram", **changes: Any
+    ) -> Mixture:
+        loaders = [self.loader(e) for e in range(4)]
+        settings = small_settings(router=router, **changes)
+        return Mixture(settings, loaders, small_router(router), resident=resident)

@@ -1,6 +1,5 @@
 """Experts come, go and are loaded without touching the others."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from mixture.small_mixtures import (
     NAMES,
+    Shelf,
     loaders_of,
     small_counts,
     small_experts,
@@ -16,7 +16,7 @@ from mixture.small_mixtures import (
     small_router,
     small_settings,
 )
-from nn.small_experts import small_expert, text_of
+from nn.small_experts import text_of
 from pyper.errors import CheckpointError
 from pyper.mixture import Mixture, UnigramRouter
 from pyper.nn import Transformer
@@ -116,31 +116,6 @@ def test_impossible_changes_name_what_is_there() -> None:
     lm = Mixture(small_settings(router="lm"), loaders_of(small_experts()), small_router("lm"))
     with pytest.raises(CheckpointError, match="unigram"):
         lm.without_expert("law")
-
-
-class Shelf:
-    """Loaders that know which of their experts are still in memory."""
-
-    def __init__(self) -> None:
-        self.alive: weakref.WeakSet[Transformer] = weakref.WeakSet()
-        self.most = 0
-        self.loaded: list[int] = []
-
-    def loader(self, index: int) -> Callable[[], Transformer]:
-        def load() -> Transformer:
-            model = small_expert(index, std=0.4)
-            self.alive.add(model)
-            self.most = max(self.most, len(self.alive))
-            self.loaded.append(index)
-            return model
-
-        return load
-
-    def mixture(self, resident: int | None, **changes: Any) -> Mixture:
-        loaders = [self.loader(e) for e in range(4)]
-        return Mixture(
-            small_settings(**changes), loaders, small_router("unigram"), resident=resident
-        )
 
 
 @pytest.mark.parametrize("resident", [1, 2, 3])

@@ -28,6 +28,8 @@ class MixtureDecoder:
             self.tokens[row, : len(prompt)] = torch.tensor(prompt)
         self.live = torch.ones(n_rows, n_experts, dtype=torch.bool)
         """(B, E), experts that still run under `posterior`."""
+        self._settled = torch.zeros(n_rows, dtype=torch.bool)
+        """(B,), rows for which `top1` has all that its choice depends on."""
         self._caches: dict[int, KVCache] = {}
         self._last: dict[int, Tensor] = {}
         # log p_e(x_{t+1} | x_≤t) as far as each expert has read, (B, capacity, E).
@@ -38,6 +40,7 @@ class MixtureDecoder:
         """log p(next) (R, V) on the CPU for the rows (R,), and the weights (R, E) behind it."""
         # 1. what the rule needs to know of every expert
         evidence = torch.tensor([self._evidence_length(int(n)) for n in self.lengths])
+        evidence[self._settled] = 0
         for expert in range(self.mixture.n_experts):
             self._read(expert, rows[self.live[rows, expert]], evidence)
         # 2. the rule
@@ -85,9 +88,11 @@ class MixtureDecoder:
         """Experts whose weight fell below `prune` stop for good."""
         if self.settings.prune == 0:
             return
+        # Many experts begin with little each: half of an equal share is no evidence against one.
+        threshold = min(self.settings.prune, 0.5 / self.mixture.n_experts)
         posterior = posterior_log_weights(scores, temperature=self.settings.temperature)
         now = posterior[torch.arange(len(rows)), self.lengths[rows] - 1]
-        self.live[rows] &= torch.isfinite(prune(now, self.settings.prune))
+        self.live[rows] &= torch.isfinite(prune(now, threshold))
         row, expert = torch.nonzero(~self.live[rows], as_tuple=True)
         self._scores[rows[row], 0, expert] = -torch.inf
 
@@ -151,8 +156,10 @@ class MixtureDecoder:
 
     def _forget_unused(self, used: Tensor, rows: Tensor) -> None:
         """Under `top1` an expert that no row settled on is not needed again."""
-        settled = self.lengths[rows] > self.settings.prefix_tokens
-        if self.settings.mixing != "top1" or not bool(settled.all()):
+        if self.settings.mixing != "top1":
+            return
+        self._settled[rows] = self.lengths[rows] > self.settings.prefix_tokens
+        if not bool(self._settled[rows].all()):
             return
         for expert in [e for e in self._caches if not bool(used[:, e].any())]:
             del self._caches[expert], self._last[expert]

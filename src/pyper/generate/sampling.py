@@ -58,7 +58,9 @@ def next_token(
         scores = scores.index_copy(0, again, scores[again] * config.repetition_penalty)
     if config.temperature == 0:
         return int(scores.argmax())
-    probs = filtered_probs(scores / config.temperature, config).cpu()
+    # The likeliest at 0, and a floor that is greedy all the same: nothing overflows.
+    scaled = (scores - scores.max()) / max(config.temperature, 1e-6)
+    probs = filtered_probs(scaled, config).cpu()
     return int(torch.multinomial(probs, 1, generator=generator))
 
 
