@@ -9,9 +9,9 @@ setup: .venv/.ok
 demo: .venv/.ok
 	$(BIN)/pyper quickstart
 test: .venv/.test
-	$(BIN)/pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow"
 test-slow: .venv/.test
-	$(BIN)/pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -38,6 +38,7 @@ def run_ours(text: str, folder: Path, overrides: list[str]) -> dict[str, float]:
     (domain / "valid.txt").write_text(text[cut:])
     pyper = [sys.executable, "-m", "pyper.cli.main"]
     prepare = [str(folder / "text"), "-o", str(folder / "data"), "--tokenizer", "bytes"]
+    prepare += ["--test-fraction", "0"]  # all of the first 90 % is for training
     subprocess.run([*pyper, "prepare", *prepare], check=True, stdout=subprocess.DEVNULL)
     settings = [f"data.path='{folder / 'data'}'", f"run.folder='{folder / 'run'}'", *overrides]
     sets = [part for setting in settings for part in ("--set", setting)]
