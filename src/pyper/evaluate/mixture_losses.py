@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyper.errors import DataError
 from pyper.evaluate.losses import HeldOut, token_losses
 from pyper.mixture import Mixture
 from pyper.mixture.mixing import one_expert, posterior_rule, prefix_rule
@@ -45,7 +46,15 @@ def score_held_out(
     control: Transformer | None = None,
     random_shards: Iterable[Transformer] = (),
 ) -> list[Scores]:
-    """Let every expert (one in memory at a time suffices) and the control read all windows."""
+    """Let every expert (one in memory at a time suffices) and the control read all windows.
+
+    Raises DataError where there are none.
+    """
+    if not held_out:
+        raise DataError(
+            "no held-out text is as long as one window",
+            hint="prepare with larger held-out fractions, or lower `data.seq_len`",
+        )
     experts = [
         [-token_losses(mixture.expert(e), h.tokens) for h in held_out]
         for e in range(mixture.n_experts)

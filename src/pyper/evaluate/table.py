@@ -59,13 +59,13 @@ def domains_table(report: dict[str, Any]) -> Table:
     table.add_column("domain")
     for name in report["expert_names"]:
         table.add_column(name, justify="right")
-    for name in ("control", "routed 32", "top-2"):
+    middle = list(report["routed"])[len(report["routed"]) // 2]
+    for name in ("control", f"routed {middle}", "top-2"):
         table.add_column(name, justify="right")
     for domain, row in report["by_domain"].items():
         best = min(row["experts"])
         cells = [f"[bold]{x:.3f}[/]" if x == best else f"{x:.3f}" for x in row["experts"]]
-        routed = next(iter(list(row["routed"].values())[len(row["routed"]) // 2 :]))
-        extra = [row["control"], routed, row["posterior"]["top2"]]
+        extra = [row["control"], row["routed"][middle], row["posterior"]["top2"]]
         table.add_row(domain, *cells, *["–" if x is None else f"{x:.3f}" for x in extra])
     load = [f"{share:.0%}" for share in report["load"]]
     table.add_row("load", *load, "", "", "", style="dim")
