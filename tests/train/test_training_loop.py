@@ -12,7 +12,7 @@ from tiny_training import SEQ_LEN, Train, new_config, new_model, new_plan, trace
 from pyper.checkpoint import load_checkpoint
 from pyper.config import EarlyStoppingConfig, TrackConfig
 from pyper.data import Batch
-from pyper.errors import MissingExtraError, NonFiniteError
+from pyper.errors import DataError, MissingExtraError, NonFiniteError, OutOfMemoryError
 from pyper.nn import Transformer
 from pyper.train import LossSum, Schedule, TrainingData, next_token_loss
 from pyper.train.early_stopping import EarlyStopping
@@ -83,6 +83,24 @@ def test_nan_loss_names_the_last_good_checkpoint_and_leaves_it_the_newest(
     _, mended = train(tmp_path)  # and from there training goes on as if nothing had been
     _, whole = train(tmp_path.with_name("whole"))
     assert all(torch.equal(mended[name], whole[name]) for name in whole)
+
+
+def test_a_full_device_names_the_setting_to_change(train: Train, tmp_path: Path) -> None:
+    def full(model: Transformer, batch: Batch) -> LossSum:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(OutOfMemoryError, match="tiny: out of memory at") as caught:
+        train(tmp_path, loss_fn=full)
+
+    assert "micro_batch_size" in caught.value.hint
+
+
+def test_a_batch_without_any_weight_is_refused(train: Train, tmp_path: Path) -> None:
+    def weightless(batch: Batch) -> Batch:
+        return Batch(batch.tokens, batch.targets, torch.zeros(batch.tokens.shape))
+
+    with pytest.raises(DataError, match="weights of a whole batch are zero"):
+        train(tmp_path, batch_transform=weightless)
 
 
 def test_nan_before_the_first_checkpoint_says_that_there_is_none(

@@ -26,6 +26,8 @@ _HINTS = {
     errno.EACCES: "choose a folder that you may write to, or change its permissions",
     errno.EPERM: "choose a folder that you may write to, or change its permissions",
     errno.EROFS: "this file system is read-only; choose another folder",
+    errno.ENOTDIR: "a file is where a folder should be; choose another path",
+    errno.EEXIST: "a file is where a folder should be; choose another path",
     errno.EFBIG: "the limit on file sizes (`ulimit -f`) or the file system's own is too low",
 }
 

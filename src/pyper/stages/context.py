@@ -46,7 +46,13 @@ def open_context(run: RunConfig, console: Console) -> Context:
     """
     data = TokenData.open(run.data.path)
     resolved = resolve(run, data)
-    return Context(resolved, data, open_run(resolved), pick_device(run.run.device), console)
+    return Context(
+        resolved,
+        data,
+        open_run(resolved, data.manifest.fingerprint),
+        pick_device(run.run.device),
+        console,
+    )
 
 
 def resolve(run: RunConfig, data: TokenData) -> RunConfig:

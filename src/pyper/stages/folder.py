@@ -16,7 +16,7 @@ from pyper import __version__
 from pyper.checkpoint import Json, read_manifest, storage_errors, verify_manifest
 from pyper.checkpoint import write_json_atomically as write_json
 from pyper.config import RunConfig, parse_run, read_toml
-from pyper.errors import CheckpointError, ConfigError, StorageError
+from pyper.errors import CheckpointError, ConfigError, DataError, StorageError
 from pyper.stages.toml import to_toml
 
 # What can be changed on an existing run: it steers mixing and judging, not training.
@@ -83,10 +83,11 @@ class RunFolder:
         return self.root / "routers" / f"{index:02d}"
 
 
-def open_run(run: RunConfig) -> RunFolder:
-    """Create the folder of a run, or check that an existing one was made with the same settings.
+def open_run(run: RunConfig, data_fingerprint: str) -> RunFolder:
+    """Create the folder of a run, or check that an existing one has the same settings and data.
 
-    Raises ConfigError that names the first setting that differs, StorageError.
+    Raises ConfigError that names the first setting that differs, DataError when the data are not
+    those that the run was begun with, StorageError.
     """
     folder = RunFolder(run.run.folder or Path("runs/run"))
     _make_folder(folder.root)
@@ -94,8 +95,19 @@ def open_run(run: RunConfig) -> RunFolder:
     if existing.is_file():
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
     _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
-    write_json(folder.root / "run.json", _circumstances())
+    _refuse_other_data(folder.root, data_fingerprint)
+    write_json(folder.root / "run.json", {**_circumstances(), "data": data_fingerprint})
     return folder
+
+
+def _refuse_other_data(root: Path, fingerprint: str) -> None:
+    """Experts trained on other text would be mixed with a new assignment: nothing would fit."""
+    before = (read_json(root / "run.json") or {}).get("data")
+    if before not in (None, fingerprint):
+        raise DataError(
+            f"the data have changed since {root} was begun",
+            hint="use another folder, `--set run.folder=runs/NAME`, or delete this one",
+        )
 
 
 def _make_folder(root: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,13 @@ def _was_interrupted(future: "Future[_Outcome]") -> bool:
 
 
 def _result_of(future: "Future[_Outcome]") -> TrainResult:
-    outcome = future.result()
+    try:
+        outcome = future.result()
+    except BrokenProcessPool:
+        raise PyperError(
+            "a training process was killed from outside, most likely for lack of memory",
+            hint="run the same command with `--jobs 1`: what was saved is used",
+        ) from None
     if outcome.result is not None:
         return outcome.result
     if outcome.exit_code >= 128:

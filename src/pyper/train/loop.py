@@ -20,7 +20,7 @@ from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.progress import Progress, Silent
 from pyper.train.schedule import Schedule
 from pyper.train.state import TrainState, restore, save
-from pyper.train.step import StepResult, train_step
+from pyper.train.step import StepResult, explain_out_of_memory, train_step
 from pyper.train.throughput import Throughput
 from pyper.train.training_data import TrainingData
 
@@ -191,6 +191,11 @@ class _Trainer:
                 f"last good checkpoint: {self._last_good()}",
                 hint=error.hint,
             ) from None
+        except RuntimeError as error:
+            explained = explain_out_of_memory(error, self.plan.name, micro_batch_size)
+            if explained is None:
+                raise
+            raise explained from None
 
     def _last_good(self) -> str:
         steps = self.store.steps()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pyper.data import Batch
-from pyper.errors import NonFiniteError, OutOfMemoryError
+from pyper.errors import DataError, NonFiniteError, OutOfMemoryError
 from pyper.nn import Transformer
 from pyper.train.loss import LossFunction
 from pyper.train.optimizer import ExpertOptimizer
@@ -33,7 +33,8 @@ def train_step(
     """Accumulate gradients over `micro_batches`, check them, update the weights.
 
     The result does not depend on how the batch was cut: sums of losses are divided by the sum of
-    weights at the end. Raises NonFiniteError before anything was updated, OutOfMemoryError.
+    weights at the end. Raises NonFiniteError before anything was updated, DataError when all
+    weights are zero.
     """
     # 1. gradients of the summed loss
     total = torch.zeros((), device=model.device)
@@ -44,6 +45,12 @@ def train_step(
         optimizer.collect_gradients()
         total += loss.total.detach()
         weight += loss.weight
+
+    if float(weight) == 0:
+        raise DataError(
+            "the weights of a whole batch are zero: there is nothing to learn from",
+            hint="check what `batch_transform` or `loss_fn` does with such a batch",
+        )
 
     # 2. the mean: one number of tokens for the whole batch
     norm = optimizer.clip_gradients(scale=1.0 / weight)
