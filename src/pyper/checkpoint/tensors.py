@@ -78,6 +78,8 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 def _blocks(tensors: Mapping[str, Tensor], names: list[str]) -> Iterator[bytes | memoryview]:
     yield _header(tensors, names)
     for name in names:
+        if tensors[name].numel() == 0:
+            continue  # no bytes, and strides that `view` refuses
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
