@@ -1,6 +1,6 @@
 """`[mixture]` and `[evaluate]`: how experts divide the data, are joined, and are judged."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,5 +57,5 @@ class EvaluateConfig(Section):
     split: Literal["valid", "test"] = "test"
     tokens: Count = 262_144
     """Tokens per domain at most."""
-    prefixes: tuple[int, ...] = (16, 32, 64)
+    prefixes: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(16, 32, 64), min_length=1)
     """Prefix lengths of the routed rows."""
