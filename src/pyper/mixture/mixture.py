@@ -62,18 +62,19 @@ class Mixture:
     @torch.no_grad()
     def log_probs(self, tokens: Tensor) -> Tensor:
         """log p(next token) (B, T, V) float32 of tokens (B, T): a normalised language model."""
-        per_expert = torch.stack(
-            [self.expert(e)(tokens).float().log_softmax(-1) for e in range(self.n_experts)], dim=-2
-        )
+        per_expert = self._expert_log_probs(tokens)
         return mix_log_probs(self._log_weights(tokens, per_expert), per_expert)
 
     @torch.no_grad()
     def log_weights(self, tokens: Tensor) -> Tensor:
         """Log weights (B, T, E): entry t mixes the prediction of token t + 1."""
-        per_expert = torch.stack(
-            [self.expert(e)(tokens).float().log_softmax(-1) for e in range(self.n_experts)], dim=-2
-        )
+        per_expert = self._expert_log_probs(tokens)
         return self._log_weights(tokens, per_expert)
+
+    def _expert_log_probs(self, tokens: Tensor) -> Tensor:
+        """(B, T, E, V) float32, every expert reading all of it."""
+        log_probs = [self.expert(e)(tokens).float().log_softmax(-1) for e in range(self.n_experts)]
+        return torch.stack(log_probs, dim=-2)
 
     def _log_weights(self, tokens: Tensor, per_expert: Tensor) -> Tensor:
         observed = tokens[:, 1:, None, None].expand(-1, -1, self.n_experts, 1)

@@ -10,6 +10,8 @@ Everything is computed in float32, or in float64 when given float64.
 import torch
 from torch import Tensor
 
+from pyper.routing.precision import widen
+
 
 def posterior_log_weights(
     token_log_probs: Tensor, *, temperature: float, prior: Tensor | None = None
@@ -19,7 +21,7 @@ def posterior_log_weights(
     `prior` (E,) holds probabilities (uniform by default; zero switches an expert off) and is the
     weight at t = 0.
     """
-    evidence = temperature * _wide(token_log_probs)
+    evidence = temperature * widen(token_log_probs)
     # shifted, then summed: subtracting token t from a sum that holds it would leak its rounding
     earlier = torch.cat([torch.zeros_like(evidence[..., :1, :]), evidence[..., :-1, :]], dim=-2)
     scores = earlier.cumsum(dim=-2)[..., : evidence.shape[-2], :]
@@ -30,7 +32,7 @@ def posterior_log_weights(
 
 def update_posterior(log_weights: Tensor, token_log_probs: Tensor, temperature: float) -> Tensor:
     """Log weights (..., E) after one more token, from log p_e(x_t) (..., E): one step of Bayes."""
-    return (_wide(log_weights) + temperature * _wide(token_log_probs)).log_softmax(dim=-1)
+    return (widen(log_weights) + temperature * widen(token_log_probs)).log_softmax(dim=-1)
 
 
 def keep_top_k(log_weights: Tensor, k: int) -> Tensor:
@@ -43,7 +45,7 @@ def keep_top_k(log_weights: Tensor, k: int) -> Tensor:
 
 def prune(log_weights: Tensor, threshold: float) -> Tensor:
     """Weights (..., E) below `threshold` (a probability) become −inf; the best always stays."""
-    weights = _wide(log_weights).log_softmax(dim=-1)
+    weights = widen(log_weights).log_softmax(dim=-1)
     best = torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[-1]).bool()
     return _renormalise(log_weights, (weights.exp() < threshold) & ~best)
 
@@ -55,14 +57,9 @@ def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
     the observed tokens', it gives (...).
     """
     if log_probs.ndim == log_weights.ndim + 1:
-        return torch.logsumexp(_wide(log_weights).unsqueeze(-1) + _wide(log_probs), dim=-2)
-    return torch.logsumexp(_wide(log_weights) + _wide(log_probs), dim=-1)
+        return torch.logsumexp(widen(log_weights).unsqueeze(-1) + widen(log_probs), dim=-2)
+    return torch.logsumexp(widen(log_weights) + widen(log_probs), dim=-1)
 
 
 def _renormalise(log_weights: Tensor, dropped: Tensor) -> Tensor:
-    return _wide(log_weights).masked_fill(dropped, -torch.inf).log_softmax(dim=-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 stays; everything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return widen(log_weights).masked_fill(dropped, -torch.inf).log_softmax(dim=-1)

@@ -4,6 +4,8 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from pyper.routing.precision import widen
+
 
 def scaled_prices(
     prices: Tensor, n_tokens: int | Tensor, reference_length: int, scale: float = 1.0
@@ -26,7 +28,7 @@ def route_prefix(
     `token_log_probs` (N, T, E) in nats; `prices` (E,) or (N, E) as `scaled_prices` gives them. A
     sequence shorter than the prefix is routed on all of it (pad its rest with zeros).
     """
-    scores = reduce(_wide(token_log_probs[:, :prefix_tokens]), "n t e -> n e", "sum")
+    scores = reduce(widen(token_log_probs[:, :prefix_tokens]), "n t e -> n e", "sum")
     if prices is not None:
         scores = scores - prices.to(scores)
     return scores.argmax(dim=-1)
@@ -41,13 +43,8 @@ def route_windows(token_log_probs: Tensor, window: int) -> Tensor:
     """
     n, length, _ = token_log_probs.shape
     n_deciding = max(0, (length - 1) // window)  # windows that a later position can look back on
-    decided = _wide(token_log_probs[:, : n_deciding * window])
+    decided = widen(token_log_probs[:, : n_deciding * window])
     scores = reduce(decided, "n (w t) e -> n w e", "sum", t=window)
     later = repeat(scores.argmax(dim=-1), "n w -> n (w t)", t=window)
     first = later.new_full((n, min(window, length)), -1)
     return torch.cat([first, later], dim=1)[:, :length]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float64 stays; everything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
