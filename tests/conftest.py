@@ -81,6 +81,7 @@ def new_run(data_folder: Path) -> NewRun:
                 "eval_every": 1,
                 "eval_tokens": 32,
                 "log_every": 1,
+                "precision": "fp32",
             },
             "evaluate": {"tokens": 128, "prefixes": [4, 8]},
         }

@@ -18,6 +18,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def turn(at: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions (...), broadcast over heads."""
+    cos, sin = rotation(at, head_dim, theta, None)
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
 def assert_gradients(module: torch.nn.Module, x: Tensor, *more: object) -> None:
     """Derivatives by x and by every parameter agree with finite differences."""
     names = [name for name, _ in module.named_parameters()]
@@ -42,9 +48,9 @@ def test_gradients_of_attention_agree_with_finite_differences(
     attention = small_expert(d_model=8, n_heads=2, **changes).blocks[0].attention.double()
     assert isinstance(attention, Attention)
     tokens = torch.tensor([[3, 4, 0, 5, 6]])
-    at = torch.arange(5) if across else positions(tokens, 0)[:, None]
+    at = torch.arange(5) if across else positions(tokens, 0)
     mask = None if across else document_mask(document_ids(tokens, 0))
-    context = AttentionContext(*rotation(at, config.dim_per_head, 10_000.0, None), mask)
+    context = AttentionContext(*turn(at, config.dim_per_head, 10_000.0), mask)
     assert_gradients(attention, normal(1, 5, 8), context, 0)
 
 
@@ -57,8 +63,8 @@ def test_gradients_of_the_feed_forward_agree_with_finite_differences(activation:
 def test_gradients_of_norm_and_rotation_agree_with_finite_differences() -> None:
     norm = RMSNorm(6, 1e-3).double()
     assert_gradients(norm, normal(2, 3, 6))
-    cos, sin = rotation(torch.arange(3), 4, 100.0, None)
-    x = normal(1, 2, 3, 4).requires_grad_()
+    cos, sin = turn(torch.arange(3), 4, 100.0)
+    x = normal(1, 3, 2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: apply_rotation(x, cos.double(), sin.double()), (x,))
 
 
@@ -86,13 +92,13 @@ def test_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
 
 
 def test_rotation_turns_each_pair_by_its_angle() -> None:
-    x = normal(1, 1, 5, 6)
-    cos, sin = rotation(torch.arange(5), 6, 100.0, None)
-    got = apply_rotation(x, cos.double(), sin.double())[0, 0]
+    x = normal(1, 5, 1, 6)
+    cos, sin = turn(torch.arange(5), 6, 100.0)
+    got = apply_rotation(x, cos.double(), sin.double())[0, :, 0]
     for position in range(5):
         for pair in range(3):
             angle = position * 100.0 ** (-2 * pair / 6)
-            number = complex(x[0, 0, position, pair], x[0, 0, position, pair + 3])
+            number = complex(x[0, position, 0, pair], x[0, position, 0, pair + 3])
             turned = number * complex(math.cos(angle), math.sin(angle))
             expected = torch.tensor([turned.real, turned.imag], dtype=torch.float64)
             torch.testing.assert_close(
@@ -105,7 +111,7 @@ def test_attention_depends_on_distances_only() -> None:
 
     def product(query_at: int, key_at: int) -> Tensor:
         turned = [
-            apply_rotation(x, *rotation(torch.tensor([at]), 8, 10_000.0, None))
+            apply_rotation(x, *turn(torch.tensor([at]), 8, 10_000.0))
             for x, at in ((query, query_at), (key, key_at))
         ]
         return (turned[0] * turned[1]).sum()
@@ -115,8 +121,8 @@ def test_attention_depends_on_distances_only() -> None:
 
 
 def test_rotation_of_bfloat16_is_computed_in_float32() -> None:
-    x = normal(1, 1, 2048, 8).bfloat16()
-    cos, sin = rotation(torch.arange(2048), 8, 10_000.0, None)
+    x = normal(1, 2048, 1, 8).bfloat16()
+    cos, sin = turn(torch.arange(2048), 8, 10_000.0)
     assert cos.dtype == torch.float32
     got = apply_rotation(x, cos, sin)
     assert got.dtype == torch.bfloat16

@@ -144,10 +144,10 @@ def test_early_stopping_stops_and_keeps_the_best_weights(train: Train, tmp_path:
 
 
 def test_without_early_stopping_the_last_weights_are_kept(train: Train, tmp_path: Path) -> None:
-    plan = new_plan(8, learning_rate=0.5, schedule=Schedule("constant", 8, 0, 1.0, 0.0))
+    plan = new_plan(16, learning_rate=0.5, schedule=Schedule("constant", 16, 0, 1.0, 0.0))
     result, _ = train(tmp_path, new_config(eval_every=2), plan)
 
-    assert (result.steps, result.best_step, result.stopped_early) == (8, 8, False)
+    assert (result.steps, result.best_step, result.stopped_early) == (16, 16, False)
     losses = [r["valid_loss"] for r in trace_of(tmp_path) if "valid_loss" in r]
     assert result.loss == losses[-1] > min(losses)
 

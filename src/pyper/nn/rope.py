@@ -53,19 +53,23 @@ def attention_scale(scaling: RopeScaling | None) -> float:
 def rotation(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., K/2), float32, of integer positions (...)."""
+    """cos and signed sin (..., K), float32, of integer positions (...), for `apply_rotation`.
+
+    Both halves of a head turn by the same angles; the sine of the first half is negative.
+    """
     frequencies = inverse_frequencies(head_dim, theta, scaling, positions.device)
     # float32: in bfloat16 the angles of position 1000 are off by whole turns
     angles = positions.float().unsqueeze(-1) * frequencies
     scale = attention_scale(scaling)
-    return angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+K/2}) of x (B, H, T, K) by the angles of its position.
+    """Turn each pair (x_i, x_{i+K/2}) of x (B, T, H, K) by the angles of its position.
 
-    cos, sin: (T, K/2), or (B, 1, T, K/2) where positions differ by row.
+    cos, sin: (T, 1, K), or (B, T, 1, K) where positions differ by row.
     """
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    partner = wide.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos, partner, sin).to(x.dtype)

@@ -48,7 +48,7 @@ class Transformer(nn.Module):
             cos, sin = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
             return self._run(tokens, AttentionContext(cos, sin, mask=None))
         bos_id = self.config.bos_id
-        cos, sin = self._rotation(positions(tokens, bos_id)[:, None])
+        cos, sin = self._rotation(positions(tokens, bos_id))
         mask = document_mask(document_ids(tokens, bos_id))
         return self._run(tokens, AttentionContext(cos, sin, mask))
 
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         n_keys = min(int(cache.lengths.max()) + T, cache.capacity + 1)
         keys = torch.arange(n_keys, device=tokens.device)
         mask = (keys <= where[..., None])[:, None]
-        cos, sin = self._rotation(where[:, None])
+        cos, sin = self._rotation(where)
         context = AttentionContext(cos, sin, mask, where, cache, n_keys)
         states = self._run(tokens, context)
         cache.lengths = cache.lengths + (T if n_new is None else n_new)
@@ -86,8 +86,10 @@ class Transformer(nn.Module):
         return states
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for all heads: (T, 1, K), or (B, T, 1, K)."""
         c = self.config
-        return rotation(positions, c.dim_per_head, c.rope_theta, c.rope_scaling)
+        cos, sin = rotation(positions, c.dim_per_head, c.rope_theta, c.rope_scaling)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.seq_len

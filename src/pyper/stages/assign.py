@@ -23,6 +23,7 @@ from pyper.checkpoint import write_json_atomically as write_json
 from pyper.data import SPLITS, Documents, Split
 from pyper.errors import CheckpointError, DataError
 from pyper.mixture import assign_documents, discover_unigram
+from pyper.nn import Transformer
 from pyper.routing import apply_prices, assign_with_prices
 from pyper.stages.context import Context
 from pyper.stages.folder import is_complete
@@ -110,9 +111,9 @@ def _refine(
 ) -> tuple[dict[Split, NDArray[np.int64]], Tensor]:
     """Go on from the unigram domains with tiny language models: train, score, divide, repeat."""
     train = context.data.documents("train")
-    seq_len = context.run.data.seq_len
     lengths = torch.from_numpy(train.lengths).double()
     for round_number in range(_LM_ROUNDS):
+        expert = _begun_with(context, round_number, expert)
         models = [
             train_tiny_lm(
                 context.run,
@@ -124,15 +125,37 @@ def _refine(
             )
             for e in range(context.n_experts)
         ]
-        assignment = assign_with_prices(document_scores(models, train, seq_len), weights=lengths)
+        assignment = assign_with_prices(_scores(context, models, train), weights=lengths)
         expert = assignment.expert.numpy()
     divided: dict[Split, NDArray[np.int64]] = {"train": expert}
     for split in ("valid", "test"):
         documents = context.data.documents(split)
-        scores = document_scores(models, documents, seq_len).double()
+        scores = _scores(context, models, documents).double()
         weights = torch.from_numpy(documents.lengths).double()
         divided[split] = apply_prices(scores, assignment.prices, weights).numpy()
     return divided, assignment.prices
+
+
+def _begun_with(
+    context: Context, round_number: int, expert: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The division with which a round was begun, if it was, else `expert`.
+
+    Scores differ in the last digit with the number of threads, and so may a document's place: tiny
+    models trained on it before a stop could not go on.
+    """
+    folder = context.folder.discovery_division(round_number)
+    metadata = _metadata(context)
+    if is_complete(folder, metadata):
+        return read_tensors(folder / "documents.safetensors")["train"].numpy()
+    with write_folder_atomically(folder, metadata=metadata) as new:
+        write_tensors(new / "documents.safetensors", {"train": torch.from_numpy(expert)})
+    return expert
+
+
+def _scores(context: Context, models: list[Transformer], documents: Documents) -> Tensor:
+    with context.console.status(f"scoring {documents.n_documents:,} documents"):
+        return document_scores(models, documents, context.run.data.seq_len)
 
 
 def _write(

@@ -11,6 +11,7 @@ from pyper.config import ExpertConfig, RunConfig, TrainConfig
 from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
 from pyper.stages.folder import RunFolder, open_run
+from pyper.stages.process import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,16 @@ class Context:
 
 
 def open_context(run: RunConfig, console: Console) -> Context:
-    """Check the data, resolve what follows from it, open the run folder.
+    """Check the data, resolve what follows from it, open the run folder, ready the process.
 
     Raises DataError, ConfigError, TokenizerError, StorageError.
     """
+    keep_freed_memory()
     data = TokenData.open(run.data.path)
-    resolved = resolve(run, data)
-    return Context(
-        resolved,
-        data,
-        open_run(resolved, data.manifest.fingerprint),
-        pick_device(run.run.device),
-        console,
-    )
+    device = pick_device(run.run.device)
+    resolved = resolve_precision(resolve(run, data), device)
+    folder = open_run(resolved, data.manifest.fingerprint)
+    return Context(resolved, data, folder, device, console)
 
 
 def resolve(run: RunConfig, data: TokenData) -> RunConfig:
@@ -78,6 +76,30 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
         }
     )
     return run.model_copy(update={"model": model})
+
+
+def resolve_precision(run: RunConfig, device: torch.device) -> RunConfig:
+    """Replace `precision = "auto"` by what suits the device, for the run and for each expert."""
+    best = {"precision": "bf16" if multiplies_bf16(device) else "fp32"}
+    train, experts = run.train, run.expert
+    if train.precision == "auto":
+        train = train.model_copy(update=best)
+    experts = tuple(
+        expert.model_copy(update={"train": expert.train | best})
+        if expert.train.get("precision") == "auto"
+        else expert
+        for expert in experts
+    )
+    return run.model_copy(update={"train": train, "expert": experts})
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products (elsewhere they are emulated)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
 
 
 def pick_device(name: str) -> torch.device:

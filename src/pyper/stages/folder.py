@@ -78,6 +78,10 @@ class RunFolder:
         """One tiny language model of domain discovery."""
         return self.root / "discovery" / f"round-{round_number}" / f"{index:02d}"
 
+    def discovery_division(self, round_number: int) -> Path:
+        """The division of the documents with which a round of domain discovery begins."""
+        return self.root / "discovery" / f"round-{round_number}" / "division"
+
     def router_model(self, index: int) -> Path:
         """One tiny language model of the router."""
         return self.root / "routers" / f"{index:02d}"

@@ -11,7 +11,7 @@ from pyper.config import RunConfig
 from pyper.data import TokenData
 from pyper.errors import DataError
 from pyper.nn import count_parameters, train_flops_per_token
-from pyper.stages.context import plan_budget, resolve
+from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
 from pyper.stages.toml import to_toml
 
 # Where the data are not prepared yet: a common size, so that counts can be shown.
@@ -21,6 +21,7 @@ _USUAL_VOCABULARY = 32_768
 def plan(run: RunConfig) -> dict[str, Any]:
     """Parameters, FLOPs, memory, disk and, where the data are there, steps of a run."""
     steps: dict[str, int] | None = None
+    run = resolve_precision(run, pick_device(run.run.device))
     try:
         data = TokenData.open(run.data.path)
     except DataError as error:

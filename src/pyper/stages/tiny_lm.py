@@ -60,7 +60,11 @@ def train_tiny_lm(
 
 
 def document_scores(models: list[Transformer], documents: Documents, seq_len: int) -> Tensor:
-    """Log-likelihoods (N, E) of whole documents, read on their first `seq_len` tokens."""
+    """Log-likelihoods (N, E) of whole documents, judged by their first `seq_len` predictions.
+
+    The unread rest of a long document is taken to be like its beginning: scores are the mean over
+    the predictions that were made, times the length.
+    """
     scores = torch.empty(documents.n_documents, len(models))
     for start in range(0, documents.n_documents, 256):
         rows = range(start, min(start + 256, documents.n_documents))
@@ -73,10 +77,12 @@ def document_scores(models: list[Transformer], documents: Documents, seq_len: in
 
 def _beginnings(documents: Documents, rows: range, seq_len: int) -> tuple[Tensor, Tensor]:
     """The first tokens (n, T + 1) of some documents, padded, and which predictions are real."""
-    tokens = torch.zeros(len(rows), seq_len + 1, dtype=torch.long)
-    is_real = torch.zeros(len(rows), seq_len)
+    longest = int(documents.lengths[rows.start : rows.stop].max())
+    T = min(seq_len, max(1, longest - 1))
+    tokens = torch.zeros(len(rows), T + 1, dtype=torch.long)
+    is_real = torch.zeros(len(rows), T)
     for i, row in enumerate(rows):
-        length = min(seq_len + 1, int(documents.lengths[row]))
+        length = min(T + 1, int(documents.lengths[row]))
         tokens[i, :length] = torch.from_numpy(documents.read(row, 0, length).astype("int64"))
         is_real[i, : length - 1] = 1
     return tokens, is_real

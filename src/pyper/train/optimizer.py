@@ -124,4 +124,6 @@ def _build(
             momentum=config.muon_momentum,
             weight_decay=config.weight_decay,
             row_splits=[widths if name.endswith("qkv.weight") else None for name in with_muon],
+            # A GPU is many times faster in bfloat16; a CPU need not be, so there it must be asked.
+            dtype=torch.bfloat16 if model.device.type == "cuda" else model.dtype,
         )
