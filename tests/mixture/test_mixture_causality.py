@@ -43,9 +43,10 @@ def test_a_change_moves_no_earlier_prediction(mode: dict[str, Any], router: str)
     assert later > N_CUTS
 
 
-def test_prices_at_inference_do_not_look_ahead() -> None:
+@pytest.mark.parametrize("mixing", ["top1", "window"])
+def test_prices_at_inference_do_not_look_ahead(mixing: str) -> None:
     prices = {"prices": (0.3, -0.1, 0.0, -0.2), "price_scale": 1.0}
-    assert moved_by_a_change(small_mixture(mixing="top1", **prices).log_probs)[0] == 0
+    assert moved_by_a_change(small_mixture(mixing=mixing, **prices).log_probs)[0] == 0
 
 
 def said_and_scores(mixture: Mixture, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,12 +44,10 @@ def naive_log_probs(mixture: Mixture, text: list[int]) -> list[Tensor]:
             best = sorted(range(n), key=lambda e: -weights[e])[: settings.top_k]
             weights = [weights[e] if e in best else 0.0 for e in range(n)]
         elif settings.mixing == "top1" and t >= settings.prefix_tokens:
-            prices = settings.prices or [0.0] * n
-            scale = settings.price_scale * settings.prefix_tokens
-            weights = the_best(read[: settings.prefix_tokens], [scale * p for p in prices])
+            weights = the_best(read[: settings.prefix_tokens], token_prices(mixture))
         elif settings.mixing == "window" and t >= settings.window:
             start = (t // settings.window - 1) * settings.window
-            weights = the_best(read[start : start + settings.window], [0.0] * n)
+            weights = the_best(read[start : start + settings.window], token_prices(mixture))
         mixed = sum(w / sum(weights) * p.exp() for w, p in zip(weights, said, strict=True))
         predictions.append(mixed.log())
         if t + 1 < len(text):
@@ -59,8 +57,14 @@ def naive_log_probs(mixture: Mixture, text: list[int]) -> list[Tensor]:
     return predictions
 
 
+def token_prices(mixture: Mixture) -> list[float]:
+    settings = mixture.settings
+    return [settings.price_scale * p for p in settings.prices] or [0.0] * mixture.n_experts
+
+
 def the_best(scores: list[list[float]], prices: list[float]) -> list[float]:
-    totals = [sum(s[e] for s in scores) - prices[e] for e in range(len(prices))]
+    """Who has the largest sum of scores, each of which costs the price."""
+    totals = [sum(s[e] - prices[e] for s in scores) for e in range(len(prices))]
     return [float(total == max(totals)) for total in totals]
 
 
@@ -84,16 +88,17 @@ def test_scoring_matches_the_obvious_loop(mode: dict[str, Any], router: str) -> 
         torch.testing.assert_close(got[row], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_prices_enter_the_obvious_loop() -> None:
-    changes = {"mixing": "top1", "price_scale": 0.5, "prices": (0.9, -0.4, 0.3, -0.8)}
+@pytest.mark.parametrize(("mixing", "n_cold"), [("top1", 6), ("window", 5)])
+def test_prices_enter_the_obvious_loop(mixing: str, n_cold: int) -> None:
+    changes = {"mixing": mixing, "price_scale": 0.5, "prices": (0.9, -0.4, 0.3, -0.8)}
     mixture, tokens = small_mixture(**changes), document(6)
     got = mixture.log_probs(tokens)
     for row in range(6):
         expected = torch.stack(naive_log_probs(mixture, tokens[row].tolist()))
         torch.testing.assert_close(got[row], expected, atol=1e-5, rtol=1e-5)
-    free = small_mixture(mixing="top1").log_probs(tokens)
-    assert not torch.equal(got[:, 6:], free[:, 6:])
-    assert torch.equal(got[:, :6], free[:, :6])  # the cold start has no prices
+    free = small_mixture(mixing=mixing).log_probs(tokens)
+    assert not torch.equal(got[:, n_cold:], free[:, n_cold:])
+    assert torch.equal(got[:, :n_cold], free[:, :n_cold])  # the cold start has no prices
 
 
 @pytest.mark.parametrize("mode", MODES)

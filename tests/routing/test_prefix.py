@@ -51,6 +51,17 @@ def test_windows_match_the_obvious_loop(t: int, window: int) -> None:
         assert got[:, position].tolist() == expected
 
 
+def test_windows_pay_prices() -> None:
+    x, dear = scores(), torch.tensor([0.0, 2.0, 4.0])
+    got = route_windows(x, 3, prices=dear)
+    for position in range(3, 12):
+        start = (position // 3 - 1) * 3
+        expected = (x[:, start : start + 3].sum(1) - dear).argmax(-1)
+        assert torch.equal(got[:, position], expected)
+    assert not torch.equal(got, route_windows(x, 3))
+    assert route_windows(x, 3, prices=1e6 * dear)[:, 3:].eq(0).all()
+
+
 @pytest.mark.parametrize("position", [0, 5, 6, 11])
 def test_a_token_changes_no_choice_up_to_its_own_window(position: int) -> None:
     x = scores()

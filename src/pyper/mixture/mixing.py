@@ -37,7 +37,12 @@ def mixing_log_weights(
             prefix_tokens=settings.prefix_tokens,
             prices=inference_prices(settings),
         ),
-        "window": partial(window_rule, router_scores=router_scores, window=settings.window),
+        "window": partial(
+            window_rule,
+            router_scores=router_scores,
+            window=settings.window,
+            prices=inference_prices(settings),
+        ),
     }[settings.mixing]
     return rule(expert_scores, temperature=settings.temperature)
 
@@ -60,21 +65,33 @@ def prefix_rule(
 
     Before that the cold start: the posterior over what has been seen so far.
     """
-    price = None
-    if prices is not None:
-        price = scaled_prices(prices.to(router_scores), prefix_tokens, reference_length=1)
-    chosen = route_prefix(router_scores, prefix_tokens, prices=price)
+    due = _prices_of(prices, prefix_tokens, router_scores)
+    chosen = route_prefix(router_scores, prefix_tokens, prices=due)
     T = expert_scores.shape[1]
     decided = one_expert(chosen[:, None].expand(-1, T), expert_scores)
     return _after_cold_start(expert_scores, decided, prefix_tokens, temperature)
 
 
 def window_rule(
-    expert_scores: Tensor, *, router_scores: Tensor, window: int, temperature: float
+    expert_scores: Tensor,
+    *,
+    router_scores: Tensor,
+    window: int,
+    temperature: float,
+    prices: Tensor | None = None,
 ) -> Tensor:
     """One expert per window, chosen by the window before it; the first is a cold start."""
-    decided = one_expert(route_windows(router_scores, window).clamp(min=0), expert_scores)
+    due = _prices_of(prices, window, router_scores)
+    chosen = route_windows(router_scores, window, prices=due)
+    decided = one_expert(chosen.clamp(min=0), expert_scores)
     return _after_cold_start(expert_scores, decided, window, temperature)
+
+
+def _prices_of(prices: Tensor | None, n_tokens: int, scores: Tensor) -> Tensor | None:
+    """What `n_tokens` cost (E,), of prices per token."""
+    if prices is None:
+        return None
+    return scaled_prices(prices.to(scores), n_tokens, reference_length=1)
 
 
 def _after_cold_start(scores: Tensor, decided: Tensor, n_cold: int, temperature: float) -> Tensor:

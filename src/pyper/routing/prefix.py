@@ -34,17 +34,19 @@ def route_prefix(
     return scores.argmax(dim=-1)
 
 
-def route_windows(token_log_probs: Tensor, window: int) -> Tensor:
+def route_windows(token_log_probs: Tensor, window: int, *, prices: Tensor | None = None) -> Tensor:
     """The expert (N, T) of every position, chosen by the window *before* it (DiPaCo,
     arXiv:2403.10616, section 2.4.3).
 
-    `token_log_probs` (N, T, E). The first window has nothing before it: −1 there, and the caller's
-    cold start decides.
+    `token_log_probs` (N, T, E); `prices` (E,) for `window` tokens, as `scaled_prices` gives them.
+    The first window has nothing before it: −1 there, and the caller's cold start decides.
     """
     n, length, _ = token_log_probs.shape
     n_deciding = max(0, (length - 1) // window)  # windows that a later position can look back on
     decided = widen(token_log_probs[:, : n_deciding * window])
     scores = reduce(decided, "n (w t) e -> n w e", "sum", t=window)
+    if prices is not None:
+        scores = scores - prices.to(scores)
     later = repeat(scores.argmax(dim=-1), "n w -> n (w t)", t=window)
     first = later.new_full((n, min(window, length)), -1)
     return torch.cat([first, later], dim=1)[:, :length]
