@@ -21,9 +21,9 @@ fmt: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 bench: .venv/.test
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 docs:
-	@echo "The documentation is README.md and docs/."
+	@echo "Nothing to build yet: read README.md, docs/decisions/ and docs/log.md."
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
 

@@ -1,21 +1,17 @@
 """How fast the loader hands out tokens, on synthetic documents of three mean lengths.
 
-    python benchmarks/loader.py [--json] [--seq-len 1024] [--batch-size 32] [--seconds 2]
+    python benchmarks/loader.py [--json FILE] [--seq-len 1024] [--batch-size 32] [--seconds 2]
 
 The target is 20 M tokens/s at a `seq_len` of 1024: far more than any model here consumes.
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from _record import add_json_option, write_record
 
 from pyper.data import Documents, Loader, TextTokenizer, TokenData
 from pyper.data.manifest import MANIFEST, TOKENIZER, DataManifest, SplitEntry, describe
@@ -73,18 +69,13 @@ def measure(documents: Documents, args: argparse.Namespace, workers: int) -> flo
     return tokens / elapsed / 1e6
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=10_000_000, help="in each domain")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
+    add_json_option(parser)
     return parser.parse_args()
 
 
@@ -96,14 +87,10 @@ def main() -> None:
             name: {str(n): measure(data.documents("train", [name]), args, n) for n in WORKERS}
             for name in data.domains
         }
-    if args.json:
-        hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        result = {"commit": commit(), "command": sys.argv, "hardware": hardware}
-        print(json.dumps({**result, "million_tokens_per_second_by_workers": rows}))
-        return
     print("M tokens/s     " + "".join(f"{n:>10} workers" for n in WORKERS))
     for name, row in rows.items():
         print(f"{name:<15}" + "".join(f"{speed:>18.1f}" for speed in row.values()))
+    write_record(args.json, {"million_tokens_per_second_by_workers": rows})
 
 
 if __name__ == "__main__":

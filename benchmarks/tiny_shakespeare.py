@@ -4,7 +4,8 @@
 
 Both train on the first 90 % and are judged on all of the rest, nats per character (the text is
 ASCII, so a byte is a character). Seconds are those of the whole process: imports, training,
-validation. nanoGPT needs its own checkout; without one only ours runs.
+validation. nanoGPT needs its own checkout; without one only ours runs. The text is not shipped:
+without one this says so and ends.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _record import add_json_option, write_record
 
 _RECIPE = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=100 --block_size=64 "
@@ -74,11 +77,14 @@ def run_nanogpt(text: str, checkout: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path, help="input.txt, or .xz")
+    parser.add_argument("text", type=Path, nargs="?", help="input.txt, or .xz")
     parser.add_argument("--nanogpt", type=Path, help="a checkout to run beside ours")
     parser.add_argument("--set", action="append", default=[], help="override of the run file")
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     args = parser.parse_args()
+    if args.text is None:
+        print("needs Tiny Shakespeare: python benchmarks/tiny_shakespeare.py input.txt")
+        return
     text = read_text(args.text)
     rows = {}
     if args.nanogpt:
@@ -87,8 +93,7 @@ def main() -> None:
         rows["Pyper, tiny-shakespeare"] = run_ours(text, Path(folder), args.set)
     for name, row in rows.items():
         print(f"{name:>26}  {row['loss']:.4f} nats  {row['seconds']:6.1f} s  {row['steps']} steps")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    write_record(args.json, rows)
 
 
 if __name__ == "__main__":
