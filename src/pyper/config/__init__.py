@@ -6,6 +6,7 @@ from pyper.config.load import load_run, parse_run, read_toml
 from pyper.config.mixture import EvaluateConfig, MixtureConfig
 from pyper.config.presets import list_presets, preset_path
 from pyper.config.run import ExpertOverride, RunConfig, RunSection, TrackConfig
+from pyper.config.sparse import SparseConfig
 from pyper.config.train import EarlyStoppingConfig, TrainConfig
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "RunSection",
+    "SparseConfig",
     "TrackConfig",
     "TrainConfig",
     "list_presets",

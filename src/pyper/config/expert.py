@@ -5,10 +5,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pyper.config.base import Section
+from pyper.config.sparse import SparseConfig
 from pyper.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 Init = Literal["scaled_normal", "zero_output"]
+Kind = Literal["dense", "sparse", "token_mixture"]
 
 
 class RopeScaling(Section):
@@ -24,6 +26,10 @@ class RopeScaling(Section):
 class ExpertConfig(Section):
     """One expert: a decoder-only transformer, saved as `config.json` beside its weights."""
 
+    kind: Kind = "dense"
+    """`sparse`: feed-forwards are experts of each layer; `token_mixture`: whole transformers, each
+    of which chooses its tokens. Both are set up in `[model.sparse]`."""
+    sparse: SparseConfig | None = None
     vocab_size: int = Field(default=0, ge=0)
     """0 takes the size of the data's tokenizer."""
     seq_len: int = Field(default=0, ge=0)
@@ -60,6 +66,30 @@ class ExpertConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
+    def _sparse_goes_with_its_kind(self) -> "ExpertConfig":
+        if self.kind == "dense" and self.sparse is not None:
+            raise ConfigError(
+                '`[model.sparse]` has no effect with `model.kind = "dense"`',
+                hint='set `kind = "sparse"` in `[model]`, or leave `[model.sparse]` out',
+            )
+        if self.kind == "token_mixture" and self.routing.stem_layers >= self.n_layers:
+            raise ConfigError(
+                f"`model.sparse.stem_layers` ({self.routing.stem_layers}) leaves none of "
+                f"`model.n_layers` ({self.n_layers}) for the experts",
+                hint="lower `stem_layers`, or raise `n_layers`",
+            )
+        if self.kind == "token_mixture" and self.routing.routing not in (
+            "expert_choice",
+            "threshold",
+        ):
+            raise ConfigError(
+                f'`model.sparse.routing = "{self.routing.routing}"` does not go with '
+                '`kind = "token_mixture"`: its experts choose tokens',
+                hint='use `routing = "expert_choice"`',
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_fit(self) -> "ExpertConfig":
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ConfigError(
@@ -77,7 +107,25 @@ class ExpertConfig(Section):
                 f"RoPE needs an even `head_dim`, not {self.dim_per_head}",
                 hint="change `d_model`, `n_heads` or `head_dim`",
             )
+        if self.dim_per_head == 2 and self.rope_scaling and self.rope_scaling.kind == "ntk":
+            raise ConfigError(
+                "NTK scaling raises the base to the power K/(K − 2): `head_dim` 2 has none",
+                hint='use more dimensions per head, or `rope_scaling = { kind = "linear", … }`',
+            )
         return self
+
+    @property
+    def routing(self) -> SparseConfig:
+        """`[model.sparse]`, or its defaults."""
+        return self.sparse or SparseConfig()
+
+    def has_sparse_feed_forward(self, layer: int) -> bool:
+        """Whether the feed-forward of block `layer` (from 0) is sparse."""
+        return self.kind == "sparse" and (layer + 1) % self.routing.every == 0
+
+    def as_dense(self) -> "ExpertConfig":
+        """The dense model of the same shape: the control of a sparse one."""
+        return self.model_copy(update={"kind": "dense", "sparse": None})
 
     @property
     def kv_heads(self) -> int:

@@ -50,7 +50,7 @@ def build_expert(
     """A model of these weights, without first drawing random ones; in evaluation mode."""
     with torch.device("meta"):
         model = Transformer(config)
-    dtype = next(iter(tensors.values())).dtype
+    dtype = tensors["embedding.weight"].dtype
     model = model.to(dtype).to_empty(device=device)
     if config.tie_embeddings:  # to_empty gave the shared matrix two homes
         model.head.weight = model.embedding.weight

@@ -3,10 +3,14 @@
 from pyper.nn.counts import count_parameters, flops_per_token, train_flops_per_token
 from pyper.nn.init import init_weights
 from pyper.nn.kv_cache import KVCache
-from pyper.nn.transformer import Transformer
+from pyper.nn.sparse_feed_forward import Routed, Rule
+from pyper.nn.transformer import Reading, Transformer
 
 __all__ = [
     "KVCache",
+    "Reading",
+    "Routed",
+    "Rule",
     "Transformer",
     "count_parameters",
     "flops_per_token",

@@ -12,6 +12,7 @@ from pyper.nn.causal_attention import causal_attention
 from pyper.nn.kv_cache import KVCache
 from pyper.nn.norm import RMSNorm, rms_norm
 from pyper.nn.rope import apply_rotation
+from pyper.nn.sparse_feed_forward import Rule
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class AttentionContext:
     cache: KVCache | None = None
     n_keys: int = 0
     """How much of the cache is looked at."""
+    rule: Rule | None = None
+    """How sparse feed-forwards choose; None as training or evaluation does."""
+    padding: Tensor | None = None
+    """(B, T), True where there is no token: sparse feed-forwards leave those out."""
 
 
 class Attention(nn.Module):

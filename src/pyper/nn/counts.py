@@ -3,6 +3,7 @@
 import torch
 
 from pyper.config import ExpertConfig
+from pyper.nn.feed_forward import FeedForward
 from pyper.nn.transformer import Transformer
 
 
@@ -16,13 +17,25 @@ def count_parameters(config: ExpertConfig) -> int:
 def flops_per_token(config: ExpertConfig, seq_len: int) -> int:
     """Forward operations per token at a context of `seq_len`: 2·N + 4·L·T·(H·K).
 
-    N leaves the input table out (a look-up), and attention counts the whole square as is
-    customary (PaLM, arXiv:2204.02311, appendix B), though causal kernels skip half of it.
+    N leaves the input table out (a look-up) and the experts of sparse layers that a token does not
+    meet, and attention counts the whole square as is customary (PaLM, arXiv:2204.02311,
+    appendix B), though causal kernels skip half of it.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    matrices = count_parameters(config) - lookup
+    matrices = count_parameters(config) - lookup - _idle_parameters(config)
     width = config.n_heads * config.dim_per_head
     return 2 * matrices + 4 * config.n_layers * seq_len * width
+
+
+def _idle_parameters(config: ExpertConfig) -> int:
+    """Weights of the experts that a token does not meet, on average."""
+    n_sparse = sum(map(config.has_sparse_feed_forward, range(config.n_layers)))
+    if not n_sparse:
+        return 0
+    with torch.device("meta"):
+        one = sum(p.numel() for p in FeedForward(config).parameters())
+    sparse = config.routing
+    return round(n_sparse * one * (sparse.n_experts - sparse.experts_per_token))
 
 
 def train_flops_per_token(config: ExpertConfig, seq_len: int) -> int:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
+from pyper.config.expert import Activation
 
 
 class FeedForward(nn.Module):
@@ -27,17 +28,18 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x (B, T, D) position by position."""
-        out: Tensor = self.down(self.activate(self.up(x)))
+        out: Tensor = self.down(activate(self.up(x), self.activation))
         return out
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        """Apply the activation to (..., F), or to gate and value (..., 2F) of SwiGLU."""
-        if self.activation == "swiglu":
-            gate, value = hidden.chunk(2, dim=-1)
-            return F.silu(gate) * value
-        if self.activation == "relu2":
-            return torch.square(F.relu(hidden))
-        return _GELU[self.activation](hidden)
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """Apply the activation to (..., F), or to gate and value (..., 2F) of SwiGLU."""
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    if activation == "relu2":
+        return torch.square(F.relu(hidden))
+    return _GELU[activation](hidden)
 
 
 _GELU = {

@@ -1,5 +1,8 @@
 """One whole expert."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,17 @@ from pyper.nn.documents import document_ids, positions
 from pyper.nn.kv_cache import KVCache
 from pyper.nn.norm import RMSNorm
 from pyper.nn.rope import rotation
+from pyper.nn.sparse_feed_forward import Routed, Rule, SparseFeedForward
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a forward pass gives."""
+
+    states: Tensor
+    """(B, T, D), normalised: what the head reads."""
+    routed: tuple[Routed, ...] = ()
+    """Of the sparse layers, in order."""
 
 
 class Transformer(nn.Module):
@@ -20,7 +34,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -43,14 +57,40 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Final states (B, T, D), normalised: what the head reads."""
+        return self.read(tokens).states
+
+    def read(
+        self, tokens: Tensor, *, rule: Rule | None = None, padding: Tensor | None = None
+    ) -> Reading:
+        """Final states of tokens (B, T), and what routing did.
+
+        rule: how sparse layers choose (None: as training or evaluation does; only that is causal).
+        padding: (B, T), True where there is no token; on the right, since attention is causal.
+        """
         self._check_length(tokens.shape[1])
         if self.config.attend_across_documents:
             cos, sin = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
-            return self._run(tokens, AttentionContext(cos, sin, mask=None))
-        bos_id = self.config.bos_id
-        cos, sin = self._rotation(positions(tokens, bos_id))
-        mask = document_mask(document_ids(tokens, bos_id))
-        return self._run(tokens, AttentionContext(cos, sin, mask))
+            mask = None
+        else:
+            bos_id = self.config.bos_id
+            cos, sin = self._rotation(positions(tokens, bos_id))
+            mask = document_mask(document_ids(tokens, bos_id))
+        return self._run(tokens, AttentionContext(cos, sin, mask, rule=rule, padding=padding))
+
+    def begin_step(self, trained_share: float) -> None:
+        """Before each optimizer step: the share of all steps that are done (0 … 1)."""
+        for layer in self._sparse_layers():
+            layer.state.trained_share = trained_share
+
+    def end_step(self) -> None:
+        """After each optimizer step: routing thresholds and biases take in what was observed."""
+        for layer in self._sparse_layers():
+            layer.state.end_step()
+
+    def _sparse_layers(self) -> Iterator[SparseFeedForward]:
+        for block in self.blocks:
+            if isinstance(block.feed_forward, SparseFeedForward):
+                yield block.feed_forward
 
     def extend(self, tokens: Tensor, cache: KVCache, n_new: Tensor | None = None) -> Tensor:
         """Read tokens (B, T) after what the cache holds; final states (B, T, D).
@@ -74,16 +114,17 @@ class Transformer(nn.Module):
         mask = (keys <= where[..., None])[:, None]
         cos, sin = self._rotation(where)
         context = AttentionContext(cos, sin, mask, where, cache, n_keys)
-        states = self._run(tokens, context)
+        states = self._run(tokens, context).states
         cache.lengths = cache.lengths + (T if n_new is None else n_new)
         return states
 
-    def _run(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        x = self.embedding(tokens)
+    def _run(self, tokens: Tensor, context: AttentionContext) -> Reading:
+        x, routed = self.embedding(tokens), []
         for layer, block in enumerate(self.blocks):
-            x = block(x, context, layer)
-        states: Tensor = self.norm(x)
-        return states
+            x, layer_routed = block(x, context, layer)
+            if layer_routed is not None:
+                routed.append(layer_routed)
+        return Reading(self.norm(x), tuple(routed))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for all heads: (T, 1, K), or (B, T, 1, K)."""

@@ -225,7 +225,7 @@ def load_trained(folder: Path, device: torch.device) -> Transformer:
         )
     checkpoint = load_checkpoint(folder / "best")
     model = Transformer(ExpertConfig.model_validate(checkpoint.state["model_config"]))
-    dtype = next(iter(checkpoint.model.values())).dtype
+    dtype = checkpoint.model["embedding.weight"].dtype
     model = model.to(device, dtype)
     load_tensors_into(model, checkpoint.model)
     return model.eval()

@@ -1,8 +1,10 @@
 """The training loop of one expert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from pyper.checkpoint import CheckpointStore, folder_lock
 from pyper.config import TrackConfig, TrainConfig
@@ -11,6 +13,8 @@ from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer
+from pyper.routing.layer_statistics import LayerStatistics
+from pyper.routing.layer_statistics import summary as routing_summary
 from pyper.train.early_stopping import EarlyStopping
 from pyper.train.interrupt import StopRequest, catch_signals
 from pyper.train.loss import BatchTransform, LossFunction, next_token_loss
@@ -182,6 +186,7 @@ class _Trainer:
 
     def _learn(self, batch: Batch, micro_batch_size: int) -> StepResult:
         factor = self.plan.schedule.factor(self.state.step)
+        self.model.begin_step(self.state.step / self.plan.total_steps)
         parts = batch.split(micro_batch_size)
         try:
             return train_step(self.model, parts, self.state.optimizer, factor, self.loss_fn)
@@ -210,6 +215,7 @@ class _Trainer:
             "learning_rate": self.plan.learning_rate * factor,
             "tokens": self.state.step * self.config.global_batch_tokens,
             "epoch": self.state.loader.position.epoch,
+            **_routing_record(result.routing),
             **self.throughput.measure(self.state.step),
         }
         for sink in sinks:
@@ -257,3 +263,13 @@ class _Trainer:
         )
         self.progress.finish(result.name, result.steps, result.loss)
         return result
+
+
+def _routing_record(layers: Sequence[LayerStatistics]) -> dict[str, Any]:
+    """Means over the sparse layers, and every layer's shares of the load; nothing without any."""
+    if not layers:
+        return {}
+    numbers = [routing_summary(layer) for layer in layers]
+    means = {f"routing/{k}": fmean(n[k] for n in numbers) for k in numbers[0]}
+    shares = [(layer.expert_load / layer.n_tokens).tolist() for layer in layers]
+    return means | {"routing/load": [[round(x, 4) for x in share] for share in shares]}

@@ -1,14 +1,14 @@
 """Losses, in float32 and causal."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyper.data import Batch
-from pyper.nn import Transformer
+from pyper.nn import Routed, Transformer
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,15 @@ class LossSum:
     """Scalar, nats."""
     weight: Tensor
     """Scalar, usually the number of tokens."""
+    routed: tuple[Routed, ...] = ()
+    """What the sparse layers said, with their balancing losses per token."""
+
+    def objective(self) -> Tensor:
+        """What is differentiated: the total, and balancing losses for as much weight."""
+        auxiliary = [r.auxiliary for r in self.routed if r.auxiliary is not None]
+        if not auxiliary:
+            return self.total
+        return self.total + torch.stack(auxiliary).sum() * self.weight
 
 
 LossFunction = Callable[[Transformer, Batch], LossSum]
@@ -30,7 +39,8 @@ BatchTransform = Callable[[Batch], Batch]
 
 def next_token_loss(model: Transformer, batch: Batch) -> LossSum:
     """Cross-entropy of the next token, in nats, weighted by `batch.weights` where given."""
-    return token_loss(model(batch.tokens), batch)
+    reading = model.read(batch.tokens)
+    return replace(token_loss(model.head(reading.states), batch), routed=reading.routed)
 
 
 def token_loss(logits: Tensor, batch: Batch) -> LossSum:

@@ -38,7 +38,7 @@ def _fits(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) ->
     total = torch.cuda.get_device_properties(model.device).total_memory
     tokens = torch.zeros(size, seq_len, dtype=torch.long, device=model.device)
     try:
-        loss_fn(model, Batch(tokens, tokens)).total.backward()
+        loss_fn(model, Batch(tokens, tokens)).objective().backward()
         peak = torch.cuda.max_memory_allocated(model.device)
     except RuntimeError as error:
         if explain_out_of_memory(error, "", size) is None:

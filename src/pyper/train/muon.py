@@ -30,6 +30,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 class Muon(torch.optim.Optimizer):
     """p ← p·(1 − lr·wd) − lr·√max(1, rows/cols)·orthogonalize(Nesterov momentum).
 
+    A tensor (E, rows, cols) is E matrices, each on its own.
     Matrices of one shape are orthogonalised in one batched product. `row_splits` gives, for a
     fused matrix (query, key and value), the heights of the parts that are treated on their own.
     `dtype` is that of the products.
@@ -81,6 +82,8 @@ class Muon(torch.optim.Optimizer):
         return buffer
 
     def _parts(self, i: int, direction: Tensor, param: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if param.ndim == 3:
+            return list(zip(direction.unbind(), param.unbind(), strict=True))
         rows = self._row_splits[i]
         if rows is None:
             return [(direction, param)]

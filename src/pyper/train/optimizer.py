@@ -93,10 +93,16 @@ def _make_masters(params: list[nn.Parameter]) -> list[nn.Parameter]:
     ]
 
 
+def _is_matrix(name: str, param: nn.Parameter) -> bool:
+    # A router's rows are compared with each other: orthogonal updates would level them.
+    return not name.endswith("router.weight") and name.endswith("weight") and param.ndim >= 2
+
+
 def _build(
     model: Transformer, named: dict[str, nn.Parameter], config: TrainConfig, learning_rate: float
 ) -> Iterator[torch.optim.Optimizer]:
-    hidden = {n: p for n, p in named.items() if n.startswith("blocks.") and p.ndim == 2}
+    # Matrices inside the blocks; those of the experts of a sparse layer are stacked in one tensor.
+    hidden = {n: p for n, p in named.items() if n.startswith("blocks.") and _is_matrix(n, p)}
     with_muon = hidden if config.optimizer == "muon" else {}
     decayed = [p for n, p in named.items() if n in hidden.keys() - with_muon.keys()]
     decayed += [p for n, p in named.items() if n == "head.weight"]

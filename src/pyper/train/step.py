@@ -9,6 +9,7 @@ import torch
 from pyper.data import Batch
 from pyper.errors import DataError, NonFiniteError, OutOfMemoryError
 from pyper.nn import Transformer
+from pyper.routing.layer_statistics import LayerStatistics, sum_statistics
 from pyper.train.loss import LossFunction
 from pyper.train.optimizer import ExpertOptimizer
 
@@ -21,6 +22,8 @@ class StepResult:
     """Nats per token (per unit of weight), before the update."""
     gradient_norm: float
     """Before clipping."""
+    routing: tuple[LayerStatistics, ...] = ()
+    """Of each sparse layer, over the whole batch."""
 
 
 def train_step(
@@ -39,12 +42,14 @@ def train_step(
     # 1. gradients of the summed loss
     total = torch.zeros((), device=model.device)
     weight = torch.zeros((), device=model.device)
+    routed = []
     for batch in micro_batches:
         loss = loss_fn(model, batch.to(model.device))
-        loss.total.backward()
+        loss.objective().backward()
         optimizer.collect_gradients()
         total += loss.total.detach()
         weight += loss.weight
+        routed.append([r.statistics for r in loss.routed])
 
     if float(weight) == 0:
         raise DataError(
@@ -54,7 +59,8 @@ def train_step(
 
     # 2. the mean: one number of tokens for the whole batch
     norm = optimizer.clip_gradients(scale=1.0 / weight)
-    result = StepResult(float(total / weight), float(norm))
+    statistics = tuple(sum_statistics(list(layer)) for layer in zip(*routed, strict=True))
+    result = StepResult(float(total / weight), float(norm), statistics)
 
     # 3. never update with a poisoned gradient
     if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
@@ -66,6 +72,7 @@ def train_step(
 
     # 4. the update
     optimizer.step(rate_factor)
+    model.end_step()
     return result
 
 

@@ -1,0 +1,101 @@
+"""What routing remembers from step to step: thresholds and biases, in float32."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyper.config import SparseConfig
+from pyper.routing.thresholds import ThresholdAverage
+from pyper.routing.token_choice import quantile_updated_bias, sign_updated_bias
+
+
+class RouterState(nn.Module):
+    """Thresholds (experts choose) or biases (tokens choose) of one layer.
+
+    Saved with the weights and never cast to half precision. Forward passes in training *observe*;
+    `end_step` takes what all micro-batches of an optimizer step observed into account, once.
+    Evaluation changes nothing.
+    """
+
+    threshold_total: Tensor
+    threshold_updates: Tensor
+    balance_bias: Tensor
+
+    def __init__(self, sparse: SparseConfig) -> None:
+        super().__init__()
+        self.sparse = sparse
+        self.trained_share = 0.0
+        """Of all steps of the training: set before each."""
+        n = sparse.n_experts
+        self.register_buffer("threshold_total", torch.zeros(n))
+        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("balance_bias", torch.zeros(n))
+        self._forget()
+
+    @property
+    def threshold(self) -> Tensor:
+        """(E,), −∞ before the first training step."""
+        return self._average.value(self.sparse.threshold_decay)
+
+    def rule(self, training: bool) -> Literal["expert_choice", "threshold"]:
+        """How experts choose now."""
+        by_threshold = self.sparse.routing == "threshold" and (
+            self.trained_share >= self.sparse.threshold_after
+        )
+        return "threshold" if not training or by_threshold else "expert_choice"
+
+    def observe_kth_score(self, kth_score: Tensor) -> None:
+        """The k-th scores (E,) of one micro-batch."""
+        self._kth_scores.append(kth_score.detach())
+
+    def observe_load(self, chosen: Tensor, scores: Tensor) -> Tensor:
+        """The choices and scores (N, E) of one micro-batch; the experts' shares so far (E,)."""
+        load = chosen.sum(dim=0)
+        self._loads.append(load)
+        if self.sparse.balance == "quantile_bias":
+            self._scores.append(scores)
+        total = torch.stack(self._loads).sum(dim=0).float()
+        return total / total.sum()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move thresholds and biases by what was observed since the last optimizer step."""
+        sparse = self.sparse
+        if self._kth_scores:
+            mean = torch.stack(self._kth_scores).mean(dim=0)
+            average = self._average.updated(mean, sparse.threshold_decay)
+            self.threshold_total.copy_(average.total)
+            self.threshold_updates.copy_(average.updates)
+        if self._loads and sparse.balance == "sign_bias":
+            load = torch.stack(self._loads).sum(dim=0)
+            self.balance_bias.copy_(sign_updated_bias(self.balance_bias, load, sparse.bias_rate))
+        if self._scores:
+            scores = torch.cat(self._scores)
+            self.balance_bias.copy_(
+                quantile_updated_bias(self.balance_bias, scores, sparse.top_k, sparse.bias_rate)
+            )
+        self._forget()
+
+    @property
+    def _average(self) -> ThresholdAverage:
+        return ThresholdAverage(self.threshold_total, self.threshold_updates)
+
+    def _forget(self) -> None:
+        self._kth_scores: list[Tensor] = []
+        self._loads: list[Tensor] = []
+        self._scores: list[Tensor] = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the model to its device, but stay in float32: bf16 would move the thresholds."""
+        before = {name: self._buffers[name] for name in ("threshold_total", "balance_bias")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            assert kept is not None
+            if kept.is_meta:  # nothing to keep: the values come from a checkpoint
+                self._buffers[name] = torch.zeros(kept.shape, device=moved.device)
+            else:
+                self._buffers[name] = kept.to(moved.device)
+        return self

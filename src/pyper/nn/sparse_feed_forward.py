@@ -1,0 +1,187 @@
+"""Feed-forwards of which each reads the tokens that are routed to it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pyper.config import ExpertConfig
+from pyper.nn.expert_linear import ExpertLinear
+from pyper.nn.feed_forward import FeedForward, activate
+from pyper.nn.router_state import RouterState
+from pyper.routing.capped_choice import choose_tokens_capped
+from pyper.routing.expert_choice import (
+    TokenChoice,
+    as_mask,
+    capacity_of,
+    choose_tokens,
+    router_probs,
+)
+from pyper.routing.layer_statistics import LayerStatistics, layer_statistics
+from pyper.routing.thresholds import above_threshold
+from pyper.routing.token_choice import choose_experts, load_balancing_loss, router_z_loss
+
+# Rows per expert are rounded up to a multiple of this.
+_ROWS = 128
+
+Rule = Literal["expert_choice", "per_sequence", "threshold"]
+"""How tokens are chosen. `expert_choice` pools all tokens of the batch; `per_sequence` each
+sequence on its own: it leaks the future, and is the negative control of the tests. Neither is
+causal. Ignored by token choice, which always is."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one routed layer says of one forward pass."""
+
+    statistics: LayerStatistics
+    auxiliary: Tensor | None = None
+    """Scalar, balancing losses per token, already weighted; None where there are none."""
+
+
+class SparseFeedForward(nn.Module):
+    """y = shared(x) + Σ_e gate_e · f_e(x) over the experts e that a token is routed to.
+
+    A token that no expert reads passes through the residual alone (and the shared expert).
+    Gates are never renormalised by the number of experts. In training tokens are routed as
+    `[model.sparse] routing` says; in evaluation by thresholds (or token choice), which is causal.
+    """
+
+    def __init__(self, config: ExpertConfig) -> None:
+        super().__init__()
+        sparse = self.sparse = config.routing
+        self.activation, n_experts = config.activation, sparse.n_experts
+        width = 2 * config.ff_dim if config.activation == "swiglu" else config.ff_dim
+        bias = config.feed_forward_bias
+        self.router = nn.Linear(config.d_model, n_experts, bias=False)
+        self.up = ExpertLinear(n_experts, config.d_model, width, bias)
+        self.down = ExpertLinear(n_experts, config.ff_dim, config.d_model, bias)
+        shared = config.model_copy(update={"d_ff": sparse.shared_d_ff})
+        self.shared = FeedForward(shared) if sparse.shared_d_ff else None
+        self.state = RouterState(sparse)
+
+    def forward(
+        self, x: Tensor, rule: Rule | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Routed]:
+        """Transform x (B, T, D). padding: (B, T), True where there is no token.
+
+        rule: None takes the one that belongs to training or evaluation.
+        """
+        tokens = rearrange(x, "b t d -> (b t) d")
+        absent = None if padding is None else padding.flatten()
+        # float32: here rounding changes which expert runs, not just the last digit
+        wide = torch.promote_types(x.dtype, torch.float32)
+        router_logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # (N, E)
+        gates = router_probs(router_logits, self.sparse.gate)
+        if self.sparse.is_expert_choice:
+            rule = rule or self.state.rule(self.training)
+            out, routed = self._by_experts(tokens, router_logits, gates, rule, absent, x.shape[0])
+        else:
+            out, routed = self._by_tokens(tokens, router_logits, gates, absent)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.view_as(x), routed
+
+    def _by_experts(
+        self,
+        tokens: Tensor,
+        router_logits: Tensor,
+        gates: Tensor,
+        rule: Rule,
+        padding: Tensor | None,
+        n_rows: int,
+    ) -> tuple[Tensor, Routed]:
+        # Softmax gates are what is compared (the paper); sigmoids keep the order of the logits.
+        scores = (gates if self.sparse.gate == "softmax" else router_logits).detach()
+        passing = self._passing(scores, padding)
+        if rule == "threshold" and not self.training:
+            return self._run_mask(tokens, gates, passing), Routed(
+                layer_statistics(passing, gates, padding=padding)
+            )
+        choice = self._choose(scores, padding, n_rows if rule == "per_sequence" else 1)
+        chosen = as_mask(choice.token_index, len(tokens))
+        gap = (choice.kth_score - self.state.threshold).abs().mean()
+        gap = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
+        if self.training:
+            self.state.observe_kth_score(choice.kth_score)
+        if rule == "threshold":
+            out, chosen, other = self._run_mask(tokens, gates, passing), passing, chosen
+        else:
+            out, other = self._run_index(tokens, gates, choice.token_index), passing
+        statistics = layer_statistics(
+            chosen, gates, other=other, threshold_gap=gap, padding=padding
+        )
+        return out, Routed(statistics)
+
+    def _passing(self, scores: Tensor, padding: Tensor | None) -> Tensor:
+        """(N, E): what thresholds let through; `capped` keeps a token's furthest above them."""
+        threshold = self.state.threshold
+        passing = above_threshold(scores, threshold, padding)
+        if self.sparse.routing != "capped" or not bool(threshold.isfinite().all()):
+            return passing
+        return passing & choose_experts(scores - threshold, self.sparse.max_experts_per_token)
+
+    def _choose(self, scores: Tensor, padding: Tensor | None, pools: int) -> TokenChoice:
+        """Expert choice within each of `pools` equal parts of scores (N, E)."""
+        if pools > 1:
+            size = len(scores) // pools
+            absent = [None] * pools if padding is None else padding.split(size)
+            parts = [
+                self._choose(part, gone, 1)
+                for part, gone in zip(scores.split(size), absent, strict=True)
+            ]
+            index = [part.token_index + i * size for i, part in enumerate(parts)]
+            kth_score = torch.stack([part.kth_score for part in parts]).mean(dim=0)
+            return TokenChoice(torch.cat(index, dim=1), kth_score)
+        n_real = len(scores) if padding is None else int((~padding).sum())
+        capacity = capacity_of(n_real, self.sparse.n_experts, self.sparse.capacity_factor)
+        choice = choose_tokens(scores, capacity, padding)
+        if self.sparse.routing != "capped":
+            return choice
+        limit = self.sparse.max_experts_per_token
+        capped = choose_tokens_capped(scores, capacity, limit, padding)
+        # The threshold is that of plain expert choice: the cap reaches further down, to tokens
+        # that others could not take, and its lowest score would let almost everything through.
+        return TokenChoice(capped.token_index, choice.kth_score)
+
+    def _by_tokens(
+        self, tokens: Tensor, router_logits: Tensor, gates: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Routed]:
+        sparse = self.sparse
+        biased = gates.detach() + self.state.balance_bias
+        chosen = choose_experts(biased, sparse.top_k, padding)
+        auxiliary = None
+        if self.training:
+            share = self.state.observe_load(chosen, gates.detach())
+            auxiliary = sparse.router_z_weight * router_z_loss(router_logits)
+            if sparse.balance == "loss":
+                probs = gates / gates.sum(dim=-1, keepdim=True)
+                balance = load_balancing_loss(probs, share.to(probs))
+                auxiliary = auxiliary + sparse.load_balancing_weight * balance
+        out = self._run_mask(tokens, gates, chosen)
+        return out, Routed(layer_statistics(chosen, gates, padding=padding), auxiliary)
+
+    def _run_index(self, tokens: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
+        """Equal numbers for every expert, token_index (E, C): batched products."""
+        out = self.down(activate(self.up(tokens[token_index]), self.activation))  # (E, C, D)
+        weight = gates.T.gather(1, token_index).to(out.dtype)
+        weighted = rearrange(out * weight.unsqueeze(-1), "e c d -> (e c) d")
+        return torch.zeros_like(tokens).index_add(0, token_index.flatten(), weighted)
+
+    def _run_mask(self, tokens: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Any number for each expert, chosen (N, E): one expert after another."""
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        parts = tokens[token].split(chosen.sum(dim=0).tolist())
+        out = torch.cat([self._one_expert(e, rows) for e, rows in enumerate(parts)])
+        weighted = out * gates[token, expert].to(out.dtype).unsqueeze(-1)
+        return torch.zeros_like(tokens).index_add(0, token, weighted)
+
+    def _one_expert(self, expert: int, rows: Tensor) -> Tensor:
+        # Products of many different sizes are slow on a CPU: a kernel is built for each size.
+        fill = -len(rows) % _ROWS if len(rows) > _ROWS else 0
+        padded = F.pad(rows, (0, 0, 0, fill)) if fill else rows
+        hidden = activate(self.up.of_expert(expert, padded), self.activation)
+        return self.down.of_expert(expert, hidden)[: len(rows)]
