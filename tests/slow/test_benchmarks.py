@@ -1,0 +1,48 @@
+"""`make bench`: every script runs without arguments, and writes what its numbers depend on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def printed_by(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_loader_writes_its_numbers_and_the_machine(tmp_path: Path) -> None:
+    shorter = ("--seconds", 0.1, "--tokens", 300_000)
+    table = printed_by("loader.py", *shorter, "--json", tmp_path / "loader.json")
+
+    assert "mean-300" in table
+    record = json.loads((tmp_path / "loader.json").read_text())
+    assert record.keys() == {"benchmark", "commit", "command", "hardware", "results"}
+    assert record["hardware"]["cores"] >= 1
+    speeds = record["results"]["million_tokens_per_second_by_workers"]
+    assert all(speed > 0 for row in speeds.values() for speed in row.values())
+
+
+def test_without_its_text_tiny_shakespeare_says_what_it_needs() -> None:
+    assert "input.txt" in printed_by("tiny_shakespeare.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would train for minutes")
+def test_without_a_gpu_the_large_expert_says_what_it_needs() -> None:
+    assert "needs a GPU with about 68" in printed_by("large_expert.py")
+
+
+def test_a_smaller_expert_trains_stops_resumes_and_writes(tmp_path: Path) -> None:
+    smaller = ("--preset", "quickstart", "--device", "cpu", "--steps", 6, "--batch-tokens", 512)
+    printed_by("large_expert.py", *smaller, "--json", tmp_path / "expert.json")
+
+    results = json.loads((tmp_path / "expert.json").read_text())["results"]
+    assert results["steps"] == [1, 2, 3, 4, 5, 6]
+    assert results["generated"]

@@ -1,0 +1,72 @@
+"""A run that is killed again and again ends as one that was left alone."""
+
+import json
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import json_of, start_pyper
+
+from pyper.checkpoint import load_checkpoint
+from pyper.stages.toml import to_toml
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # bitwise comparisons need equal numbers of threads
+PARTS = ("seed", "control", "experts/00", "experts/01")
+
+
+@pytest.fixture
+def run_file(new_run: Callable[..., Any], tmp_path: Path) -> Path:
+    """Long enough to be killed often: a checkpoint after every other step, 4,500 steps in all."""
+    settings = ("train.steps=3000", "train.eval_every=2", "mixture.assign=discover")
+    run = new_run(tmp_path / "unset", *settings)
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(run.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def arguments_for(run_file: Path, name: str) -> tuple[object, ...]:
+    return ("train", run_file, "--set", f"run.folder={run_file.parent / name}")
+
+
+def kill_after(seconds: float, *arguments: object, cwd: Path) -> bool:
+    """Whether the command was still running then."""
+    process = start_pyper(*arguments, cwd=cwd, **ONE_THREAD)
+    try:
+        _, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return True
+    assert process.returncode == 0, stderr
+    return False
+
+
+def losses_of(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: r[k] for k in ("step", "loss", "valid_loss") if k in r} for r in records]
+
+
+def test_a_run_killed_twenty_times_ends_bit_for_bit_the_same(
+    run_file: Path, tmp_path: Path
+) -> None:
+    undisturbed = json_of(*arguments_for(run_file, "whole"), cwd=tmp_path, **ONE_THREAD)
+
+    killed, rng = arguments_for(run_file, "killed"), random.Random(0)
+    n_kills = sum(kill_after(rng.uniform(0.5, 5), *killed, cwd=tmp_path) for _ in range(KILLS))
+    survived = json_of(*killed, cwd=tmp_path, **ONE_THREAD)
+
+    assert n_kills >= KILLS / 2
+    for part in PARTS:
+        one, two = (tmp_path / name / part for name in ("whole", "killed"))
+        assert losses_of(two) == losses_of(one)
+        ours, theirs = (load_checkpoint(folder / "best").model for folder in (one, two))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert survived == undisturbed
+    assert json_of("inspect", tmp_path / "killed", cwd=tmp_path)["damaged"] == []
