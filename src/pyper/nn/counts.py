@@ -3,6 +3,7 @@
 import torch
 
 from pyper.config import ExpertConfig
+from pyper.nn.expert_stack import ExpertStack
 from pyper.nn.feed_forward import FeedForward
 from pyper.nn.transformer import Transformer
 
@@ -29,12 +30,14 @@ def flops_per_token(config: ExpertConfig, seq_len: int) -> int:
 
 def _idle_parameters(config: ExpertConfig) -> int:
     """Weights of the experts that a token does not meet, on average."""
-    n_sparse = sum(map(config.has_sparse_feed_forward, range(config.n_layers)))
-    if not n_sparse:
-        return 0
-    with torch.device("meta"):
-        one = sum(p.numel() for p in FeedForward(config).parameters())
     sparse = config.routing
+    n_sparse = sum(map(config.has_sparse_feed_forward, range(config.n_layers)))
+    with torch.device("meta"):
+        if config.kind == "token_mixture":
+            layers = sum(p.numel() for p in ExpertStack(config).layers.parameters())
+            one, n_sparse = layers // sparse.n_experts, 1
+        else:
+            one = sum(p.numel() for p in FeedForward(config).parameters())
     return round(n_sparse * one * (sparse.n_experts - sparse.experts_per_token))
 
 

@@ -8,6 +8,9 @@ from torch import nn
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.transformer import Transformer
 
+# The projections that write to the residual stream.
+_OUTPUTS = (".out", ".down")
+
 
 def init_weights(model: Transformer, seed: int) -> None:
     """Fill a model in place; the same seed gives the same weights on every device.
@@ -35,7 +38,7 @@ def _std(model: Transformer, name: str, module: nn.Linear | ExpertLinear) -> flo
     config = model.config
     if name.endswith("router"):
         return config.init_std
-    is_output = name.endswith(("attention.out", "feed_forward.down", "shared.down"))
+    is_output = name.endswith(_OUTPUTS)
     if config.init == "zero_output":
         return 0.0 if is_output or name == "head" else 1 / math.sqrt(module.in_features)
     return config.init_std / math.sqrt(2 * config.n_layers) if is_output else config.init_std

@@ -11,10 +11,12 @@ from pyper.errors import PromptError
 from pyper.nn.attention import AttentionContext, document_mask
 from pyper.nn.block import Block
 from pyper.nn.documents import document_ids, positions
+from pyper.nn.expert_stack import ExpertStack
 from pyper.nn.kv_cache import KVCache
 from pyper.nn.norm import RMSNorm
 from pyper.nn.rope import rotation
-from pyper.nn.sparse_feed_forward import Routed, Rule, SparseFeedForward
+from pyper.nn.router_state import RouterState
+from pyper.nn.sparse_feed_forward import Routed, Rule
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        mixed = config.kind == "token_mixture"
+        n_blocks = config.routing.stem_layers if mixed else config.n_layers
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(n_blocks))
+        self.experts = ExpertStack(config) if mixed else None
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -79,18 +84,16 @@ class Transformer(nn.Module):
 
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
-        for layer in self._sparse_layers():
-            layer.state.trained_share = trained_share
+        for state in self._router_states():
+            state.trained_share = trained_share
 
     def end_step(self) -> None:
         """After each optimizer step: routing thresholds and biases take in what was observed."""
-        for layer in self._sparse_layers():
-            layer.state.end_step()
+        for state in self._router_states():
+            state.end_step()
 
-    def _sparse_layers(self) -> Iterator[SparseFeedForward]:
-        for block in self.blocks:
-            if isinstance(block.feed_forward, SparseFeedForward):
-                yield block.feed_forward
+    def _router_states(self) -> Iterator[RouterState]:
+        return (module for module in self.modules() if isinstance(module, RouterState))
 
     def extend(self, tokens: Tensor, cache: KVCache, n_new: Tensor | None = None) -> Tensor:
         """Read tokens (B, T) after what the cache holds; final states (B, T, D).
@@ -124,6 +127,9 @@ class Transformer(nn.Module):
             x, layer_routed = block(x, context, layer)
             if layer_routed is not None:
                 routed.append(layer_routed)
+        if self.experts is not None:
+            x, stack_routed = self.experts(x, context)
+            routed.append(stack_routed)
         return Reading(self.norm(x), tuple(routed))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:

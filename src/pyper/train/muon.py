@@ -82,9 +82,11 @@ class Muon(torch.optim.Optimizer):
         return buffer
 
     def _parts(self, i: int, direction: Tensor, param: Tensor) -> list[tuple[Tensor, Tensor]]:
-        if param.ndim == 3:
-            return list(zip(direction.unbind(), param.unbind(), strict=True))
-        rows = self._row_splits[i]
-        if rows is None:
-            return [(direction, param)]
-        return list(zip(direction.split(rows), param.split(rows), strict=True))
+        rows = self._row_splits[i] or (param.shape[-2],)
+        of_expert = zip(direction.unbind(), param.unbind(), strict=True)
+        matrices = of_expert if param.ndim == 3 else [(direction, param)]
+        return [
+            pair
+            for whole in matrices
+            for pair in zip(*(tensor.split(rows) for tensor in whole), strict=True)
+        ]

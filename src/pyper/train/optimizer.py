@@ -102,7 +102,8 @@ def _build(
     model: Transformer, named: dict[str, nn.Parameter], config: TrainConfig, learning_rate: float
 ) -> Iterator[torch.optim.Optimizer]:
     # Matrices inside the blocks; those of the experts of a sparse layer are stacked in one tensor.
-    hidden = {n: p for n, p in named.items() if n.startswith("blocks.") and _is_matrix(n, p)}
+    inner = ("blocks.", "experts.")
+    hidden = {n: p for n, p in named.items() if n.startswith(inner) and _is_matrix(n, p)}
     with_muon = hidden if config.optimizer == "muon" else {}
     decayed = [p for n, p in named.items() if n in hidden.keys() - with_muon.keys()]
     decayed += [p for n, p in named.items() if n == "head.weight"]
