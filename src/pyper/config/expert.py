@@ -87,6 +87,12 @@ class ExpertConfig(Section):
                 '`kind = "token_mixture"`: its experts choose tokens',
                 hint='use `routing = "expert_choice"`',
             )
+        if self.kind == "token_mixture" and self.routing.attention_experts:
+            raise ConfigError(
+                '`model.sparse.attention_experts` does not go with `kind = "token_mixture"`: its '
+                "experts have attentions of their own",
+                hint='leave it out, or set `kind = "sparse"`',
+            )
         return self
 
     @model_validator(mode="after")
@@ -122,6 +128,11 @@ class ExpertConfig(Section):
     def has_sparse_feed_forward(self, layer: int) -> bool:
         """Whether the feed-forward of block `layer` (from 0) is sparse."""
         return self.kind == "sparse" and (layer + 1) % self.routing.every == 0
+
+    @property
+    def attention_experts(self) -> int:
+        """How many attentions a layer mixes; 0: it has one, without gates."""
+        return self.routing.attention_experts if self.kind == "sparse" else 0
 
     def as_dense(self) -> "ExpertConfig":
         """The dense model of the same shape: the control of a sparse one."""

@@ -14,7 +14,7 @@ from pyper.errors import ConfigError
 
 _BUDGETS = ("epochs", "tokens", "steps")
 # Settings of the whole run: an expert cannot have its own.
-_RUN_WIDE = {"seed_fraction", "control", "random_shards"}
+_RUN_WIDE = {"seed_fraction", "control", "random_shards", "start_from"}
 
 
 class RunSection(Section):
@@ -80,6 +80,38 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     expert: tuple[ExpertOverride, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model(cls, raw: Any) -> Any:
+        """A sparse model, or one that goes on from a saved one, is trained alone by default."""
+        if not isinstance(raw, dict):
+            return raw
+        sections = {key: dict(raw.get(key) or {}) for key in ("model", "mixture", "train")}
+        starts = sections["train"].get("start_from") is not None
+        if sections["model"].get("kind", "dense") == "dense" and not starts:
+            return raw
+        mixture = {"n_experts": 1, "router": "experts"} | sections["mixture"]
+        mixture.setdefault("top_k", min(2, mixture["n_experts"]))
+        train: dict[str, Any] = {"seed_fraction": 0.0, "control": not starts} | sections["train"]
+        return raw | {"mixture": mixture, "train": train}
+
+    @model_validator(mode="after")
+    def _starts_from_one_place(self) -> "RunConfig":
+        train = self.train
+        if train.start_from is not None and (train.control or train.seed_fraction):
+            raise ConfigError(
+                "`train.start_from` takes the place of a seed, and its control is another run",
+                hint="leave out `seed_fraction` and `control`; for a control, continue the dense "
+                'model in a run of its own: `start_from = "runs/NAME/control/best"`',
+            )
+        if self.model.kind != "dense" and train.seed_fraction and train.control:
+            raise ConfigError(
+                f'`kind = "{self.model.kind}"` has a dense control, which cannot branch from a '
+                "sparse seed",
+                hint="set `train.seed_fraction = 0`: both are then trained from scratch",
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_hold_sequences(self) -> "RunConfig":

@@ -1,5 +1,6 @@
 """`[train]`: how an expert is trained. Every key may differ by expert."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -20,6 +21,7 @@ def _parse_count(value: object) -> object:
     return value
 
 
+Part = Literal["embedding", "attention", "feed_forward", "router", "norm", "head"]
 Count = Annotated[int, BeforeValidator(_parse_count), Field(gt=0)]
 
 
@@ -41,6 +43,12 @@ class TrainConfig(Section):
     """Also train the dense control: the seed, continued on everything, for as many steps."""
     random_shards: bool = False
     """Also train experts on random shards, a second control (doubles the cost of the experts)."""
+
+    start_from: Path | None = None
+    """A saved model (from `pyper merge`, a run of one model, or a checkpoint) to train on from;
+    its shape replaces `[model]`."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that keep their weights."""
 
     epochs: float | None = Field(default=None, gt=0)
     tokens: Count | None = None

@@ -14,6 +14,7 @@ from pyper.evaluate.mixture_losses import (
     score_held_out,
 )
 from pyper.evaluate.report import evaluation_report
+from pyper.evaluate.routing_report import routing_report
 from pyper.evaluate.table import domains_table, results_table
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "losses_of_modes",
     "mean_loss",
     "results_table",
+    "routing_report",
     "score_held_out",
     "token_losses",
 ]

@@ -54,11 +54,12 @@ def held_out_windows(documents: Documents, seq_len: int, max_tokens: int) -> lis
 @torch.no_grad()
 def token_losses(model: Transformer, tokens: Tensor) -> Tensor:
     """Nats of every prediction (N, T) float32 on CPU, for windows (N, T + 1)."""
-    losses = [_losses_of(model, part) for part in _passes(tokens, model)]
+    losses = [_losses_of(model, part) for part in passes(tokens, model)]
     return torch.cat(losses)
 
 
-def _passes(tokens: Tensor, model: Transformer) -> Iterator[Tensor]:
+def passes(tokens: Tensor, model: Transformer) -> Iterator[Tensor]:
+    """Windows (N, T + 1) in parts that fit one forward pass, on the model's device."""
     rows = max(1, _TOKENS_PER_PASS // tokens.shape[1])
     for part in tokens.split(rows):
         yield part.to(model.device, non_blocking=True)

@@ -31,6 +31,8 @@ def results_table(report: dict[str, Any]) -> Table:
 
 def _arms(report: dict[str, Any]) -> list[tuple[str, float | None, str, str]]:
     best = min(report["experts"])
+    if len(report["experts"]) == 1:
+        return _arms_of_one_model(report)
     arms = [
         ("dense control", report["control"], "1", "bold"),
         ("best single expert", best, "1", "dim"),
@@ -49,6 +51,18 @@ def _arms(report: dict[str, Any]) -> list[tuple[str, float | None, str, str]]:
     return arms
 
 
+def _arms_of_one_model(report: dict[str, Any]) -> list[tuple[str, float | None, str, str]]:
+    """One model has no modes; a routed one shows what expert choice would have claimed."""
+    arms: list[tuple[str, float | None, str, str]] = [
+        ("dense control", report["control"], "1", "bold"),
+        (report["expert_names"][0], report["experts"][0], "1", "green"),
+    ]
+    for routing in report.get("routing", []):
+        name = "… by expert choice (sees the future)"
+        arms.append((name, routing["teacher_forced"], "1", "dim"))
+    return arms
+
+
 def _runs(k: str) -> str:
     return "all" if k == "all" else k[3:]
 
@@ -60,13 +74,15 @@ def domains_table(report: dict[str, Any]) -> Table:
     for name in report["expert_names"]:
         table.add_column(name, justify="right")
     middle = list(report["routed"])[len(report["routed"]) // 2]
-    for name in ("control", f"routed {middle}", "top-2"):
+    several = len(report["experts"]) > 1
+    modes = ("control", f"routed {middle}", "top-2") if several else ("control",)
+    for name in modes:
         table.add_column(name, justify="right")
     for domain, row in report["by_domain"].items():
         best = min(row["experts"])
         cells = [f"[bold]{x:.3f}[/]" if x == best else f"{x:.3f}" for x in row["experts"]]
-        extra = [row["control"], row["routed"][middle], row["posterior"]["top2"]]
+        extra = [row["control"], row["routed"][middle], row["posterior"]["top2"]][: len(modes)]
         table.add_row(domain, *cells, *["–" if x is None else f"{x:.3f}" for x in extra])
     load = [f"{share:.0%}" for share in report["load"]]
-    table.add_row("load", *load, "", "", "", style="dim")
+    table.add_row("load", *load, *[""] * len(modes), style="dim")
     return table

@@ -61,7 +61,9 @@ def assign(context: Context) -> ExpertData:
     """Divide the documents, or read how they were divided before. Raises DataError."""
     target, metadata = context.folder.assignment, _metadata(context)
     if not is_complete(target, metadata):
-        if context.run.mixture.assign == "folder":
+        if context.n_experts == 1:
+            _write(context, _all_to_one(context), None, metadata)
+        elif context.run.mixture.assign == "folder":
             _write(context, _by_folder(context), None, metadata)
         else:
             _write(context, *_discover(context), metadata)
@@ -77,6 +79,13 @@ def _metadata(context: Context) -> dict[str, Json]:
         "scores": mixture.discover_scores,
         "rounds": mixture.discover_rounds,
         "random_seed": context.run.run.random_seed,
+    }
+
+
+def _all_to_one(context: Context) -> dict[Split, NDArray[np.int64]]:
+    return {
+        split: np.zeros(context.data.documents(split).n_documents, dtype=np.int64)
+        for split in SPLITS
     }
 
 
@@ -212,7 +221,7 @@ def _names(context: Context, expert: NDArray[np.int64]) -> list[str]:
         tokens = np.bincount(
             train.domain_index[own], weights=train.lengths[own], minlength=len(train.domains)
         )
-        name = train.domains[int(tokens.argmax())]
+        name = train.domains[int(tokens.argmax())] if context.n_experts > 1 else "model"
         if override is not None and override.name is not None:
             name = override.name
         used = Counter(n.rsplit("-", 1)[0] if n.rsplit("-", 1)[-1].isdigit() else n for n in names)

@@ -12,6 +12,7 @@ from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
 from pyper.stages.folder import RunFolder, open_run
 from pyper.stages.process import keep_freed_memory
+from pyper.stages.start import open_start
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,16 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
             f"has {manifest.vocab_size:,} entries",
             hint="leave `model.vocab_size` out: it follows the data",
         )
-    if run.mixture.assign == "folder" and len(data.domains) != run.mixture.n_experts:
+    by_folder = run.mixture.assign == "folder" and run.mixture.n_experts > 1
+    if by_folder and len(data.domains) != run.mixture.n_experts:
         raise ConfigError(
             f'`assign = "folder"` gives {len(data.domains)} experts, one per domain, but '
             f"`mixture.n_experts` is {run.mixture.n_experts}",
             hint=f'set `n_experts = {len(data.domains)}`, or `assign = "discover"`',
         )
+    if run.train.start_from is not None:
+        start = open_start(run.train.start_from, manifest.tokenizer_fingerprint)
+        return run.model_copy(update={"model": _as_started(run, start.config)})
     model = run.model.model_copy(
         update={
             "vocab_size": manifest.vocab_size,
@@ -76,6 +81,24 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
         }
     )
     return run.model_copy(update={"model": model})
+
+
+def _as_started(run: RunConfig, start: ExpertConfig) -> ExpertConfig:
+    """The shape of the saved model; `[model]` may say nothing else."""
+    for key in run.model.model_fields_set - {"vocab_size", "seq_len", "bos_id"}:
+        if getattr(run.model, key) != getattr(start, key):
+            raise ConfigError(
+                f"`model.{key}` is {getattr(run.model, key)!r}, but the model of "
+                f"`train.start_from` has {getattr(start, key)!r}",
+                hint="leave `[model]` out: it follows `train.start_from`",
+            )
+    if run.data.seq_len > start.seq_len:
+        raise ConfigError(
+            f"`data.seq_len` is {run.data.seq_len:,}, the context of the model of "
+            f"`train.start_from` is {start.seq_len:,}",
+            hint=f"set `data.seq_len` to {start.seq_len} or less",
+        )
+    return start
 
 
 def resolve_precision(run: RunConfig, device: torch.device) -> RunConfig:

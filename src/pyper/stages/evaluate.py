@@ -6,7 +6,12 @@ from typing import Any
 import torch
 
 from pyper.checkpoint import write_json_atomically as write_json
-from pyper.evaluate import evaluation_report, held_out_windows, score_held_out
+from pyper.evaluate import (
+    evaluation_report,
+    held_out_windows,
+    routing_report,
+    score_held_out,
+)
 from pyper.mixture import load_mixture
 from pyper.stages.context import Context
 from pyper.stages.folder import read_json
@@ -42,6 +47,10 @@ def evaluate(context: Context) -> dict[str, Any]:
             prefixes=settings.prefixes,
             prices=torch.tensor(prices, dtype=torch.float64) if prices else None,
         )
+    if context.model.kind != "dense":
+        report["routing"] = [
+            routing_report(mixture.expert(e), held_out) for e in range(mixture.n_experts)
+        ]
     report |= {"split": settings.split, "steps": _steps(context), "inputs": inputs}
     write_json(context.folder.evaluation, report)
     return report

@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ from pyper.train.metrics import read_last_record
 from pyper.train.progress import Silent, describe, new_bars
 
 _POLL_SECONDS = 0.3
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,51 @@ def train_in_parallel(
     """
     threads = max(1, available_cores() // jobs)
     spawn = multiprocessing.get_context("spawn")
-    with catch_signals() as stop, ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        futures = [pool.submit(_work, context.run, str(u), threads) for u in units]
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_prepare_worker)
+    with catch_signals() as stop, pool:
+        with _signals_held_back():
+            futures = [pool.submit(_work, context.run, str(u), threads) for u in units]
         try:
             _watch(context, assigned, units, futures, stop)
         finally:
-            if stop() or any(_failed(f) for f in futures):
-                for future in futures:
-                    future.cancel()
-                _forward_stop(pool, stop.signal_number or signal.SIGTERM)
+            _stop_all(pool, futures, stop.signal_number or signal.SIGTERM)
     done = [future for future in futures if not future.cancelled()]
     # Parts that were asked to stop because another one failed must not hide its error.
     done.sort(key=_was_interrupted)
-    return [_result_of(future) for future in done]
+    results = [_result_of(future) for future in done]
+    if len(done) < len(futures):  # those that ran came to their end just when they should stop
+        raise InterruptedRun(
+            f"stopped with {len(futures) - len(done)} parts still to train",
+            hint="run the same command again to go on",
+            exit_code=stop.exit_code,
+        )
+    return results
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """For this process until the end; for those begun meanwhile until `_prepare_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker() -> None:
+    """Signals are for whoever trains: an idle worker that died of one would block the others."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without it nobody waits for a worker, which would hold its folder's lock for hours."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(run: RunConfig, unit: str, threads: int) -> _Outcome:
@@ -107,13 +142,17 @@ def _result_of(future: "Future[_Outcome]") -> TrainResult:
     raise PyperError(outcome.message, hint=outcome.hint)
 
 
-def _forward_stop(pool: ProcessPoolExecutor, number: int) -> None:
-    """Ask the workers to save and end (Ctrl-C reaches them by itself, `kill` does not)."""
-    for pid in list(getattr(pool, "_processes", None) or {}):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
+def _stop_all(
+    pool: ProcessPoolExecutor, futures: "Sequence[Future[_Outcome]]", number: int
+) -> None:
+    """Until all have ended, ask the workers to save and stop: some may only begin just now."""
+    for future in futures:
+        future.cancel()
+    while not all(future.done() for future in futures):
+        for pid in list(getattr(pool, "_processes", None) or {}):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(_POLL_SECONDS)
 
 
 def _watch(

@@ -17,7 +17,9 @@ from pyper.nn import Transformer, init_weights
 from pyper.stages.assign import ExpertData
 from pyper.stages.context import Budget, Context, plan_budget
 from pyper.stages.folder import read_json
+from pyper.stages.start import open_start
 from pyper.train import TrainingData, TrainPlan, TrainResult, train_expert
+from pyper.train.freeze import freeze
 from pyper.train.learning_rate import find_learning_rate
 from pyper.train.progress import Progress
 from pyper.train.schedule import branch_schedule, seed_schedule
@@ -99,7 +101,7 @@ def train_unit(
         return done
     config = _config_of(context, assigned, unit)
     data = _data_of(context, assigned, unit)
-    model = _new_model(context, config)
+    model = _new_model(context, config, unit)
     optimizer_state = None
     if unit.kind != "seed" and context.run.train.seed_fraction > 0:
         optimizer_state = _branch_from_seed(context, model, config)
@@ -145,9 +147,16 @@ def _random_shard(context: Context, documents: Documents, index: int) -> Documen
     return documents.select(np.flatnonzero(shard == index))
 
 
-def _new_model(context: Context, config: TrainConfig) -> Transformer:
-    model = Transformer(context.model)
-    init_weights(model, context.run.run.random_seed)
+def _new_model(context: Context, config: TrainConfig, unit: Unit) -> Transformer:
+    """Fresh weights, or those of `start_from`; the control of a sparse model is dense."""
+    is_dense = unit.kind == "control"
+    model = Transformer(context.model.as_dense() if is_dense else context.model)
+    if config.start_from is None:
+        init_weights(model, context.run.run.random_seed)
+    else:
+        start = open_start(config.start_from, context.data.manifest.tokenizer_fingerprint)
+        load_tensors_into(model, start.load())
+    freeze(model, config.freeze)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return model.to(context.device, dtype)
 
@@ -211,7 +220,7 @@ def _learning_rate(context: Context, unit: Unit, config: TrainConfig, data: Trai
     saved = read_json(folder / "learning_rate.json")
     if saved is None:
         saved = find_learning_rate(
-            lambda: _new_model(context, config), data, config, context.console
+            lambda: _new_model(context, config, unit), data, config, context.console
         )
         write_json(folder / "learning_rate.json", saved)
     return float(saved["learning_rate"])

@@ -1,0 +1,56 @@
+"""What the routed layers of a model do on held-out text, and whether expert choice would cheat."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pyper.evaluate.losses import HeldOut, passes
+from pyper.nn import Rule, Transformer
+from pyper.routing.layer_statistics import LayerStatistics, sum_statistics
+from pyper.routing.layer_statistics import summary as routing_summary
+
+
+def routing_report(model: Transformer, held_out: Sequence[HeldOut]) -> dict[str, Any]:
+    """Losses in nats per token, and statistics of every routed layer.
+
+    `causal` is the loss as evaluated and decoded, the only one to quote. `teacher_forced` is that
+    of expert choice over batches of held-out text (null for token choice): it looks at later
+    tokens, so `leak_gap`, teacher_forced − causal, mixes a leak with the change of rule. `layers`
+    are those of the causal pass; `flip_rate` and `threshold_gap` compare them with expert choice.
+    """
+    causal, layers = _read(model, held_out, None)
+    numbers = [routing_summary(layer) for layer in layers]
+    report: dict[str, Any] = {"causal": causal, "teacher_forced": None, "leak_gap": None}
+    if model.config.routing.is_expert_choice:
+        forced, forced_layers = _read(model, held_out, "expert_choice")
+        report |= {"teacher_forced": forced, "leak_gap": round(forced - causal, 5)}
+        for own, other in zip(numbers, forced_layers, strict=True):
+            compared = routing_summary(other)
+            own |= {key: compared[key] for key in ("flip_rate", "threshold_gap")}
+    for own, layer in zip(numbers, layers, strict=True):
+        own["load"] = (layer.expert_load / layer.n_tokens).tolist()  # type: ignore[assignment]
+        own["fan_out"] = (layer.fan_out / layer.n_tokens).tolist()  # type: ignore[assignment]
+    means = ("experts_per_token", "zero_expert_share", "router_entropy", "flip_rate")
+    report |= {key: fmean(own[key] for own in numbers) for key in means}
+    return report | {"layers": numbers}
+
+
+@torch.no_grad()
+def _read(
+    model: Transformer, held_out: Sequence[HeldOut], rule: Rule | None
+) -> tuple[float, list[LayerStatistics]]:
+    """Mean loss, and the statistics of each layer over all windows."""
+    total, n_scored = 0.0, 0
+    parts: list[list[LayerStatistics]] = []
+    for windows in held_out:
+        for tokens in passes(windows.tokens, model):
+            reading = model.read(tokens[:, :-1], rule=rule)
+            logits = model.head(reading.states).flatten(0, 1).float()
+            total += float(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum"))
+            n_scored += tokens[:, 1:].numel()
+            parts.append([routed.statistics for routed in reading.routed])
+    layers = [sum_statistics(list(layer)) for layer in zip(*parts, strict=True)]
+    return round(total / n_scored, 5), layers
