@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyper.routing import LayerStatistics, layer_statistics, sum_statistics, summary
+from pyper.routing import LayerStatistics, layer_statistics, routing_summary, sum_statistics
 
 shapes = {"n": st.integers(1, 20), "e": st.integers(1, 6), "seed": st.integers(0, 99)}
 
@@ -129,7 +129,7 @@ def test_no_token_at_all_gives_zeros() -> None:
     for statistics in (nothing, sum_statistics([nothing, nothing])):
         for field in dataclasses.fields(LayerStatistics):
             assert (getattr(statistics, field.name) == 0).all(), field.name
-        assert all(math.isfinite(value) for value in summary(statistics).values())
+        assert all(math.isfinite(value) for value in routing_summary(statistics).values())
 
 
 def test_the_summary_says_what_is_logged() -> None:
@@ -137,7 +137,7 @@ def test_the_summary_says_what_is_logged() -> None:
     other = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 0]]).bool()
     probs = torch.full((4, 2), 0.5)
     gap = torch.tensor(0.125)
-    got = summary(layer_statistics(chosen, probs, other=other, threshold_gap=gap))
+    got = routing_summary(layer_statistics(chosen, probs, other=other, threshold_gap=gap))
     assert got == pytest.approx(
         {
             "experts_per_token": 1.0,
@@ -149,6 +149,6 @@ def test_the_summary_says_what_is_logged() -> None:
             "threshold_gap": 0.125,
         }
     )
-    even = summary(layer_statistics(torch.ones(4, 2).bool(), probs))
+    even = routing_summary(layer_statistics(torch.ones(4, 2).bool(), probs))
     assert even["max_violation"] == 0
     assert even["experts_per_token"] == 2

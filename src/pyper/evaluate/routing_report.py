@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from pyper.evaluate.losses import HeldOut, passes
 from pyper.nn import Rule, Transformer
-from pyper.routing.layer_statistics import LayerStatistics, sum_statistics
-from pyper.routing.layer_statistics import summary as routing_summary
+from pyper.routing import LayerStatistics, routing_summary, sum_statistics
 
 
 def routing_report(model: Transformer, held_out: Sequence[HeldOut]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pyper.routing.expert_choice import (
 from pyper.routing.layer_statistics import (
     LayerStatistics,
     layer_statistics,
+    routing_summary,
     sum_statistics,
-    summary,
 )
 from pyper.routing.posterior import (
     keep_top_k,
@@ -67,9 +67,9 @@ __all__ = [
     "route_windows",
     "router_probs",
     "router_z_loss",
+    "routing_summary",
     "scaled_prices",
     "sign_updated_bias",
     "sum_statistics",
-    "summary",
     "update_posterior",
 ]

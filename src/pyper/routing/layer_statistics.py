@@ -78,7 +78,7 @@ def sum_statistics(parts: list[LayerStatistics]) -> LayerStatistics:
     )
 
 
-def summary(statistics: LayerStatistics) -> dict[str, float]:
+def routing_summary(statistics: LayerStatistics) -> dict[str, float]:
     """The numbers that are logged.
 
     `experts_per_token`, `zero_expert_share`, `max_violation` (largest load / mean load − 1:

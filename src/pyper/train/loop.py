@@ -13,8 +13,7 @@ from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer
-from pyper.routing.layer_statistics import LayerStatistics
-from pyper.routing.layer_statistics import summary as routing_summary
+from pyper.routing import LayerStatistics, routing_summary
 from pyper.train.early_stopping import EarlyStopping
 from pyper.train.interrupt import StopRequest, catch_signals
 from pyper.train.loss import BatchTransform, LossFunction, next_token_loss

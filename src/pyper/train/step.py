@@ -9,7 +9,7 @@ import torch
 from pyper.data import Batch
 from pyper.errors import DataError, NonFiniteError, OutOfMemoryError
 from pyper.nn import Transformer
-from pyper.routing.layer_statistics import LayerStatistics, sum_statistics
+from pyper.routing import LayerStatistics, sum_statistics
 from pyper.train.loss import LossFunction
 from pyper.train.optimizer import ExpertOptimizer
 
