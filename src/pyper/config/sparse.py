@@ -31,6 +31,10 @@ class SparseConfig(Section):
     """Mean number of experts that process one token: 1 costs as much as a dense layer."""
     shared_d_ff: int = Field(default=0, ge=0)
     """Width of a feed-forward that every token passes beside the chosen ones; 0 leaves it out."""
+    attention_experts: int = Field(default=0, ge=0, le=1024)
+    """`kind = "sparse"` only: so many attentions in every layer, all of which run and are mixed by
+    softmax gates (arXiv:2408.08274), each with keys and values of its own; 0 is one, without
+    gates."""
     threshold_decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the moving average of k-th scores: 1/(1 − decay) steps are 5 to 10 % of a training."""
     threshold_after: float = Field(default=0.2, ge=0, le=1)
@@ -39,6 +43,10 @@ class SparseConfig(Section):
     """`capped` only."""
     top_k: int = Field(default=1, gt=0)
     """`token_choice` only: experts per token."""
+    normalize_gates: bool = False
+    """`token_choice` only: divide the gates of a token's experts by their sum, so that equal
+    experts give what one of them gives: merged and upcycled models start from it. With `top_k = 1`
+    the gate is then always 1, and only the auxiliary losses teach the router."""
     balance: Balance = "loss"
     """`token_choice` only: an auxiliary loss, or a bias moved by the sign of the excess load, or
     by quantiles of the scores."""
@@ -67,6 +75,12 @@ class SparseConfig(Section):
                 f"`model.sparse.capacity_factor` ({self.capacity_factor:g}) is more than "
                 f"`max_experts_per_token` ({self.max_experts_per_token}) lets through",
                 hint="raise `max_experts_per_token`, or lower `capacity_factor`",
+            )
+        if self.normalize_gates and self.is_expert_choice:
+            raise ConfigError(
+                f'`model.sparse.normalize_gates` does not go with `routing = "{self.routing}"`: '
+                "the number of experts that take a token is not to change their weight",
+                hint='leave it out, or use `routing = "token_choice"`',
             )
         if self.balance == "quantile_bias" and self.top_k == self.n_experts:
             raise ConfigError(

@@ -6,6 +6,7 @@ from pyper.config import ExpertConfig
 from pyper.nn.attention import Attention, AttentionContext
 from pyper.nn.feed_forward import FeedForward
 from pyper.nn.norm import RMSNorm
+from pyper.nn.soft_attention import SoftAttention
 from pyper.nn.sparse_feed_forward import Routed, SparseFeedForward
 
 
@@ -15,7 +16,9 @@ class Block(nn.Module):
     def __init__(self, config: ExpertConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention: Attention | SoftAttention = (
+            SoftAttention(config) if config.attention_experts else Attention(config)
+        )
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward: FeedForward | SparseFeedForward = (
             SparseFeedForward(config)

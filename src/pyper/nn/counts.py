@@ -25,7 +25,8 @@ def flops_per_token(config: ExpertConfig, seq_len: int) -> int:
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     matrices = count_parameters(config) - lookup - _idle_parameters(config)
     width = config.n_heads * config.dim_per_head
-    return 2 * matrices + 4 * config.n_layers * seq_len * width
+    n_attentions = config.n_layers * max(config.attention_experts, 1)
+    return 2 * matrices + 4 * n_attentions * seq_len * width
 
 
 def _idle_parameters(config: ExpertConfig) -> int:

@@ -34,7 +34,9 @@ class KVCache:
         """Room for `capacity` tokens in each of `batch` rows."""
         # One slot more, for padding: where it would fall past the end it must not hit a real token.
         slots = capacity + 1
-        n_layers, n_experts = config.n_layers, config.routing.n_experts
+        # Attentions that are mixed count as layers: those of one layer stand together.
+        n_layers = config.n_layers * max(config.attention_experts, 1)
+        n_experts = config.routing.n_experts
         chosen = None
         if config.kind == "token_mixture":  # the stem, then every layer of every expert
             stem = config.routing.stem_layers

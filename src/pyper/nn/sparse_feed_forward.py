@@ -46,7 +46,8 @@ class SparseFeedForward(nn.Module):
     """y = shared(x) + Σ_e gate_e · f_e(x) over the experts e that a token is routed to.
 
     A token that no expert reads passes through the residual alone (and the shared expert).
-    Gates are never renormalised by the number of experts. In training tokens are routed as
+    Gates are not renormalised by the number of experts, except where token choice is told to
+    (`normalize_gates`). In training tokens are routed as
     `[model.sparse] routing` says; in evaluation by thresholds (or token choice), which is causal.
     """
 
@@ -161,7 +162,8 @@ class SparseFeedForward(nn.Module):
                 probs = gates / gates.sum(dim=-1, keepdim=True)
                 balance = load_balancing_loss(probs, share.to(probs))
                 auxiliary = auxiliary + sparse.load_balancing_weight * balance
-        out = self._run_mask(tokens, gates, chosen)
+        weights = _normalized(gates, chosen) if sparse.normalize_gates else gates
+        out = self._run_mask(tokens, weights, chosen)
         return out, Routed(layer_statistics(chosen, gates, padding=padding), auxiliary)
 
     def _run_index(self, tokens: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
@@ -185,3 +187,9 @@ class SparseFeedForward(nn.Module):
         padded = F.pad(rows, (0, 0, 0, fill)) if fill else rows
         hidden = activate(self.up.of_expert(expert, padded), self.activation)
         return self.down.of_expert(expert, hidden)[: len(rows)]
+
+
+def _normalized(gates: Tensor, chosen: Tensor) -> Tensor:
+    """Gates (N, E) of the chosen (N, E), divided by their sum; 0 in a row of which none is."""
+    kept = gates * chosen
+    return kept / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
