@@ -68,9 +68,14 @@ class ExpertStack(nn.Module):
         choice = choose_tokens(scores, capacity, padding)
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
+        gap = (choice.kth_score - self.state.threshold).abs().mean()
+        gap = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
         by_choice = as_mask(choice.token_index, len(scores))
         chosen, other = (passing, by_choice) if rule == "threshold" else (by_choice, passing)
-        return chosen, Routed(layer_statistics(chosen, gates, other=other, padding=padding))
+        statistics = layer_statistics(
+            chosen, gates, other=other, threshold_gap=gap, padding=padding
+        )
+        return chosen, Routed(statistics)
 
     def _run_chosen(
         self, x: Tensor, gates: Tensor, chosen: Tensor, context: AttentionContext
