@@ -82,6 +82,16 @@ def test_the_mean_top_gate_is_what_was_asked_for(top_gate: float) -> None:
         torch.testing.assert_close(norms, norms.mean().expand(3))
 
 
+def test_routers_are_as_sure_as_they_are_right() -> None:
+    merged = merge_experts(branches(), token_choice())  # too narrow to be right everywhere
+    agreement = fit_router_ridge(merged, domains())
+    for x, block in zip(router_inputs(merged, torch.cat(domains())), merged.blocks, strict=True):
+        gates = block.feed_forward.router(x).detach().softmax(dim=-1).amax(dim=-1)
+        right = agreement.pop(next(iter(agreement)))
+        assert 0.5 < right < 0.95
+        assert float(gates.mean()) == pytest.approx(right, abs=1e-3)
+
+
 def test_layers_are_fitted_on_what_they_read_once_earlier_ones_route() -> None:
     merged = merge_experts(branches(distance=0.3), SparseConfig(n_experts=3))
     fit_router_ridge(merged, domains())

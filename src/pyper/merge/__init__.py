@@ -5,7 +5,6 @@ from pyper.merge.average import average_weights
 from pyper.merge.common_seed import Loss, barrier, barriers, check_common_seed
 from pyper.merge.compatible import check_mergeable
 from pyper.merge.routers import (
-    TOP_GATE,
     fit_router_means,
     fit_router_ridge,
     init_router_random,
@@ -15,7 +14,6 @@ from pyper.merge.sparse_model import merge_experts, merged_sparse_config, upcycl
 from pyper.merge.thresholds import calibrate_thresholds
 
 __all__ = [
-    "TOP_GATE",
     "Loss",
     "add_expert",
     "average_weights",
