@@ -148,11 +148,23 @@ def _stop_all(
     """Until all have ended, ask the workers to save and stop: some may only begin just now."""
     for future in futures:
         future.cancel()
-    while not all(future.done() for future in futures):
-        for pid in list(getattr(pool, "_processes", None) or {}):
+    workers = dict(getattr(pool, "_processes", None) or {})
+    while not all(future.done() for future in futures) or (
+        # When one worker was killed, futures end at once and the other workers go on.
+        any(_is_broken(future) for future in futures)
+        and any(worker.is_alive() for worker in workers.values())
+    ):
+        for pid, worker in workers.items():
             with suppress(ProcessLookupError):
-                os.kill(pid, number)
+                if worker.is_alive():
+                    os.kill(pid, number)
         time.sleep(_POLL_SECONDS)
+
+
+def _is_broken(future: "Future[_Outcome]") -> bool:
+    if not future.done() or future.cancelled():
+        return False
+    return isinstance(future.exception(), BrokenProcessPool)
 
 
 def _watch(
