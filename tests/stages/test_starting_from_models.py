@@ -1,0 +1,184 @@
+"""`train.start_from`: training that goes on from a saved model."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sparse_runs import open_quietly, sparse_run
+from torch import Tensor
+
+from pyper.checkpoint import load_checkpoint
+from pyper.config import PrepareConfig, RunConfig
+from pyper.data import prepare
+from pyper.errors import CheckpointError, ConfigError, PyperError, TokenizerError
+from pyper.stages.context import Context
+from pyper.stages.pipeline import run_pipeline, train_only
+from pyper.stages.start import open_start
+from pyper.train.freeze import part_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Finished = Callable[[str], Path]
+Open = Callable[..., Context]
+NewRun = Callable[..., RunConfig]
+
+
+def going_on(start: Path, folder: Path, data: Path, **train: Any) -> RunConfig:
+    """A run file with no `[model]`, two steps at a rate of almost nothing."""
+    values = {"start_from": str(start), "steps": 2, "learning_rate": 1e-9} | train
+    run = sparse_run("sparse", folder, data)
+    raw = run.model_dump(mode="json", exclude_none=True)
+    raw.pop("model")
+    raw.pop("mixture")
+    kept = {k: v for k, v in raw["train"].items() if k not in ("control", "seed_fraction")}
+    return RunConfig.model_validate(raw | {"train": kept | values})
+
+
+def best_of(folder: Path) -> dict[str, Tensor]:
+    return load_checkpoint(folder / "best").model
+
+
+@pytest.mark.parametrize("name", ["sparse", "token_mixture", "token_choice"])
+@pytest.mark.parametrize("place", ["", "mixture", "mixture/experts/00-model", "experts/00/best"])
+def test_training_begins_at_the_saved_weights_and_thresholds(
+    finished_sparse: Finished, name: str, place: str, data_folder: Path, tmp_path: Path
+) -> None:
+    folder = finished_sparse(name)
+    context = open_quietly(going_on(folder / place, tmp_path / "on", data_folder))
+    assert context.model == open_start(folder / place, _tokenizer_of(context)).config
+    assert context.model.sparse is not None
+    train_only(context, ["expert:0"])
+
+    before, after = best_of(folder / "experts" / "00"), best_of(tmp_path / "on" / "experts" / "00")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if key.endswith("threshold_updates"):
+            assert int(after[key]) == int(tensor) + (2 if name != "token_choice" else 0)
+        elif not key.endswith(("threshold_total", "balance_bias")):
+            torch.testing.assert_close(after[key], tensor, rtol=0, atol=1e-6)
+
+
+def _tokenizer_of(context: Context) -> str:
+    return context.data.manifest.tokenizer_fingerprint
+
+
+@pytest.mark.parametrize("place", ["mixture/experts/01-tales", "control/best", "seed/best"])
+def test_one_expert_of_several_or_a_control_can_be_gone_on_from(
+    finished_run: Path, place: str, data_folder: Path, tmp_path: Path
+) -> None:
+    run = going_on(finished_run / place, tmp_path / "on", data_folder)
+    report = run_pipeline(open_quietly(run))
+    assert report["control"] is None
+    assert "routing" not in report
+    assert report["steps"] == {"expert:0": 2}
+
+
+def test_the_numbers_of_a_routed_model_are_reported_again(
+    finished_sparse: Finished, data_folder: Path, tmp_path: Path
+) -> None:
+    run = going_on(finished_sparse("sparse"), tmp_path / "on", data_folder)
+    (routing,) = run_pipeline(open_quietly(run))["routing"]
+    assert routing["leak_gap"] is not None
+
+
+def test_frozen_parts_keep_every_bit(
+    finished_sparse: Finished, data_folder: Path, tmp_path: Path
+) -> None:
+    frozen = ["feed_forward", "embedding"]
+    folder = finished_sparse("sparse")
+    run = going_on(folder, tmp_path / "on", data_folder, freeze=frozen, learning_rate=1e-2)
+    train_only(open_quietly(run), ["expert:0"])
+    before, after = best_of(folder / "experts" / "00"), best_of(tmp_path / "on" / "experts" / "00")
+    for key in (key for key in before if ".state." not in key):
+        assert torch.equal(before[key], after[key]) is (part_of(key) in frozen), key
+
+
+@pytest.mark.parametrize("place", ["", "mixture", "mixture/experts/00-model"])
+def test_another_tokenizer_is_refused(
+    finished_sparse: Finished, texts_folder: Path, place: str, tmp_path: Path
+) -> None:
+    prepare([texts_folder], tmp_path / "bpe", PrepareConfig(vocab_size=300))
+    start = finished_sparse("sparse") / place
+    with pytest.raises(TokenizerError, match="another tokenizer") as caught:
+        open_quietly(going_on(start, tmp_path / "on", tmp_path / "bpe"))
+    _is_one_line_with_a_way_out(caught.value, "--tokenizer")
+
+
+@pytest.mark.xfail(reason="a checkpoint's vocabulary is not compared with the data's yet")
+def test_a_checkpoint_of_another_vocabulary_is_refused(
+    finished_run: Path, texts_folder: Path, tmp_path: Path
+) -> None:
+    prepare([texts_folder], tmp_path / "bpe", PrepareConfig(vocab_size=300))
+    with pytest.raises(TokenizerError, match="257") as caught:
+        open_quietly(going_on(finished_run / "seed" / "best", tmp_path / "on", tmp_path / "bpe"))
+    _is_one_line_with_a_way_out(caught.value, "")
+
+
+def _is_one_line_with_a_way_out(error: PyperError, way_out: str) -> None:
+    assert "\n" not in error.message
+    assert error.hint
+    assert way_out in error.hint
+
+
+def test_a_mixture_of_several_names_one_of_them(
+    finished_run: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    for place in (finished_run, finished_run / "mixture"):
+        with pytest.raises(ConfigError, match="a mixture of 2 experts, not one model") as caught:
+            open_quietly(going_on(place, tmp_path / "on", data_folder))
+        _is_one_line_with_a_way_out(caught.value, "experts/00-sums")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "d_model", 32), ("model", "kind", "dense"), ("data", "seq_len", 32)],
+)
+def test_another_shape_is_refused(
+    finished_sparse: Finished,
+    data_folder: Path,
+    tmp_path: Path,
+    section: str,
+    key: str,
+    value: object,
+) -> None:
+    run = going_on(finished_sparse("sparse"), tmp_path / "on", data_folder)
+    raw = run.model_dump(mode="json", exclude_none=True, exclude={"model"})
+    raw[section] = raw.get(section, {}) | {key: value}
+    with pytest.raises(ConfigError, match=f"`{section}.{key}` is") as caught:
+        open_quietly(RunConfig.model_validate(raw))
+    _is_one_line_with_a_way_out(caught.value, "")
+
+
+def test_what_is_no_model_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "experts" / "empty").mkdir(parents=True)
+    for place in (tmp_path / "nowhere", data_folder, tmp_path / "experts" / "empty"):
+        with pytest.raises(CheckpointError) as caught:
+            open_quietly(going_on(place, tmp_path / "on", data_folder))
+        _is_one_line_with_a_way_out(caught.value, "")
+
+
+@pytest.mark.parametrize("place", ["mixture", "mixture/experts/00-model", "experts/00/best"])
+def test_damaged_weights_are_refused(
+    finished_sparse: Finished, place: str, data_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished_sparse("sparse"), tmp_path / "copy", symlinks=True)
+    run = going_on(folder / place, tmp_path / "on", data_folder)
+    (file,) = (folder / place).resolve().rglob("model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.unlink()  # the mixture and the checkpoint share it
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        train_only(open_quietly(run), ["expert:0"])
+
+
+@pytest.mark.parametrize("train", [{"control": True}, {"seed_fraction": 0.5}])
+def test_a_seed_or_a_control_beside_it_is_refused(
+    data_folder: Path, tmp_path: Path, train: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="takes the place of a seed") as caught:
+        going_on(tmp_path, tmp_path / "on", data_folder, **train)
+    assert "control" in caught.value.hint
