@@ -88,6 +88,18 @@ def test_a_step_takes_in_the_mean_over_its_micro_batches_once(name: str) -> None
             torch.testing.assert_close(state.threshold, total / (1 - DECAY ** (step + 1)))
 
 
+@torch.no_grad()
+def test_capped_choice_observes_the_kth_score_of_plain_expert_choice() -> None:
+    """The cap reaches down to tokens that others could not take."""
+    capped = routed_model("capped", max_experts_per_token=1, capacity_factor=0.9).train()
+    plain = routed_model("expert_choice", capacity_factor=0.9).train()
+    plain.load_state_dict(capped.state_dict())
+    tokens = text_of(4, 12)
+    assert torch.equal(kth_scores(capped, tokens)[0], kth_scores(plain, tokens)[0])
+    chosen = capped.read(tokens).routed[0].statistics.fan_out
+    assert float(chosen[2:].sum()) == 0 < float(chosen[1])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @torch.no_grad()
 def test_evaluation_and_decoding_leave_every_bit_alone(name: str) -> None:
@@ -142,8 +154,10 @@ def test_a_saved_model_comes_back_with_the_same_thresholds(name: str, dtype: tor
 def test_a_bias_moves_against_the_load_of_all_micro_batches(name: str) -> None:
     model = routed_model(name).train()
     state = states_of(model)[0]
-    reading = [model.read(text_of(4, 12, seed=seed)).routed[0].statistics for seed in range(3)]
-    load = torch.stack([statistics.expert_load for statistics in reading]).sum(dim=0)
+    parts = [text_of(4, 12), text_of(4, 12, seed=1), torch.full((1, 2), 3)]
+    loads = [model.read(part).routed[0].statistics.expert_load for part in parts]
+    load = torch.stack(loads).sum(dim=0)
+    assert not torch.equal((loads[-1].mean() - loads[-1]).sign(), (load.mean() - load).sign())
     assert not state.balance_bias.any()
     model.end_step()
     if name == "sign_bias":

@@ -63,6 +63,7 @@ def trained(name: str) -> Transformer:
         small_config(
             kind="token_mixture" if mixed else "sparse",
             sparse=settings,
+            n_layers=3 if mixed else 2,  # two above the stem: each expert keeps them apart
             attend_across_documents=not name.endswith("apart"),
             init_std=0.2,
         )

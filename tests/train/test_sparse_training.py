@@ -179,6 +179,9 @@ def test_metrics_hold_the_routing_numbers(
         C = 21 / 64  # ⌊64 / 3⌋ of 64 tokens
         expected = 1.0 if MODES[mode].get("routing") == "token_choice" else 3 * C
         assert last["routing/experts_per_token"] == pytest.approx(expected, abs=1e-6)
+    else:  # a share of 0.4 of eight steps are made by expert choice
+        by_choice = [r["routing/experts_per_token"] == pytest.approx(63 / 64) for r in records]
+        assert by_choice == [True] * 4 + [False] * 4
     choosing = MODES[mode].get("routing") != "token_choice"
     assert (last["routing/threshold_gap"] > 0) is choosing
     assert (last["routing/flip_rate"] > 0) is choosing
