@@ -91,8 +91,9 @@ class RunConfig(Section):
         starts = sections["train"].get("start_from") is not None
         if sections["model"].get("kind", "dense") == "dense" and not starts:
             return raw
-        mixture = {"n_experts": 1, "router": "experts"} | sections["mixture"]
-        mixture.setdefault("top_k", min(2, mixture["n_experts"]))
+        mixture: dict[str, Any] = {"n_experts": 1, "router": "experts"} | sections["mixture"]
+        if mixture["n_experts"] == 1:
+            mixture.setdefault("top_k", 1)
         train: dict[str, Any] = {"seed_fraction": 0.0, "control": not starts} | sections["train"]
         return raw | {"mixture": mixture, "train": train}
 
