@@ -17,7 +17,6 @@ from nn.naive_sparse import (
     random_layer,
 )
 from nn.small_experts import small_expert, text_of
-from pyper.errors import DataError
 from pyper.nn.sparse_feed_forward import SparseFeedForward
 
 CHOOSING: dict[str, dict[str, Any]] = {
@@ -177,6 +176,20 @@ def test_what_a_step_observes_leaves_padding_out() -> None:
     torch.testing.assert_close(with_padding, plain)
 
 
+@pytest.mark.xfail(reason="auxiliary losses and quantile biases still read padding")
+@pytest.mark.parametrize("balance", ["loss", "sign_bias", "quantile_bias"])
+def test_balancing_leaves_padding_out(balance: str) -> None:
+    sparse = {"routing": "token_choice", "balance": balance, "router_z_weight": 0.1}
+    plain, padded = random_layer(sparse).train(), random_layer(sparse).train()
+    x, absent = random_input(2, 8), torch.arange(12).expand(2, -1) >= 8
+    _, alone = plain(x)
+    _, beside = padded(torch.cat([x, 30 * random_input(2, 4, seed=7)], dim=1), None, absent)
+    torch.testing.assert_close(beside.auxiliary, alone.auxiliary)
+    plain.state.end_step()
+    padded.state.end_step()
+    torch.testing.assert_close(padded.state.balance_bias, plain.state.balance_bias)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shared_d_ff", [0, 8])
 def test_a_token_without_experts_comes_out_unchanged(training: bool, shared_d_ff: int) -> None:
@@ -221,12 +234,6 @@ def test_gates_are_not_renormalised_over_the_experts_of_a_token(gate: str) -> No
     common = torch.stack([one_feed_forward(layer, 0, token) for token in tokens])
     assert_close(layer(x)[0][0], taken.sum(dim=1, keepdim=True) * common)
     assert float((taken.sum(dim=1) - 1).abs().max()) > 0.1
-
-
-def test_a_pool_too_small_for_its_experts_is_refused() -> None:
-    with pytest.raises(DataError, match="a pool of 3 tokens gives none of 4 experts") as caught:
-        random_layer({}).train()(random_input(1, 3))
-    assert "micro_batch_size" in caught.value.hint
 
 
 @torch.no_grad()
