@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -69,15 +70,18 @@ def _runs(k: str) -> str:
 
 def domains_table(report: dict[str, Any]) -> Table:
     """Expert × domain: the loss of every expert on every domain, its home in bold."""
-    table = Table(title="loss by domain (rows) and expert (columns), nats/token")
-    table.add_column("domain")
-    for name in report["expert_names"]:
-        table.add_column(name, justify="right")
+    table = Table(
+        title="loss by domain (rows) and expert (columns), nats/token",
+        box=SIMPLE_HEAD,
+        padding=0,  # eight experts fit 80 columns
+        pad_edge=False,
+    )
+    table.add_column("domain", overflow="fold")
     middle = list(report["routed"])[len(report["routed"]) // 2]
     several = len(report["experts"]) > 1
     modes = ("control", f"routed {middle}", "top-2") if several else ("control",)
-    for name in modes:
-        table.add_column(name, justify="right")
+    for name in (*report["expert_names"], *modes):
+        table.add_column(name, justify="right", overflow="fold", min_width=len("0.000"))
     for domain, row in report["by_domain"].items():
         best = min(row["experts"])
         cells = [f"[bold]{x:.3f}[/]" if x == best else f"{x:.3f}" for x in row["experts"]]

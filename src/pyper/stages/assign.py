@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -268,10 +269,11 @@ def assignment_summary(folder: Path) -> dict[str, Any]:
 def assignment_table(folder: Path) -> Table:
     """Share of each domain's training tokens (rows) that each expert (columns) got."""
     summary = assignment_summary(folder)
-    table = Table(title="who reads what: share of each domain's training tokens")
-    table.add_column("domain")
+    title = "who reads which share of a domain"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("domain", overflow="fold")
     for name in summary["experts"]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold", min_width=len("12.5%"))
     for domain, row in summary["domains"].items():
         total = sum(row.values())
         table.add_row(domain, *[f"{n / total:.0%}" if n else "" for n in row.values()])
