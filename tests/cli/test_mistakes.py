@@ -131,6 +131,59 @@ def test_sampling_settings_out_of_range(
     assert hint
 
 
+def test_a_prompt_that_is_no_text(refused: Refused, finished_run: Path) -> None:
+    error, _ = refused("generate", finished_run, "-p", "\udcff", "--json")
+    assert "not UTF-8" in error
+
+
+def test_no_expert_in_memory_at_all(pyper: Pyper, finished_run: Path) -> None:
+    assert pyper("generate", finished_run, "--resident", 0).exit_code == 2
+
+
+def test_an_option_of_prepare_is_named_as_it_is_typed(
+    refused: Refused, texts_folder: Path, tmp_path: Path
+) -> None:
+    error, hint = refused("prepare", texts_folder, "-o", tmp_path / "new", "--vocab-size", 10)
+    assert "257" in error
+    assert hint == "change `--vocab-size`"
+
+
+def test_nothing_but_a_mixture_is_written_over(
+    refused: Refused, pyper: Pyper, finished_run: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    drop = ("mix", finished_run, "--drop", "sums", "-o")
+    error, _ = refused(*drop, data_folder)
+    assert "is no mixture" in error
+    error, _ = refused(*drop, finished_run / "mixture")
+    assert "belongs to the run" in error
+    for _ in range(2):
+        assert pyper(*drop, tmp_path / "new").exit_code == 0
+
+
+def test_an_expert_that_is_not_trained_cannot_be_added(
+    refused: Refused, finished_run: Path, tmp_path: Path
+) -> None:
+    error, _ = refused("mix", finished_run, "--add", f"c={finished_run}:9", "-o", tmp_path / "new")
+    assert "no trained expert 9" in error
+
+
+def test_a_command_that_made_nothing_binds_nobody_to_its_settings(
+    refused: Refused, pyper: Pyper, run_file: Path
+) -> None:
+    discover = ("assign", run_file, "--set", "mixture.assign=discover", "--set")
+    error, hint = refused(*discover, "mixture.n_experts=99")
+    assert "`mixture.n_experts`" in hint, error
+    assert pyper(*discover, "mixture.n_experts=3").exit_code == 0
+
+
+def test_long_messages_are_not_cut_into_lines(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    error, _ = refused("inspect", tmp_path / "nowhere")
+    assert error == f"there is no folder `{tmp_path / 'nowhere'}`"
+
+
 def test_an_unknown_expert(refused: Refused, finished_run: Path) -> None:
     error, hint = refused("generate", finished_run, "--expert", "law")
     assert "`law`" in error

@@ -145,7 +145,13 @@ def test_an_unknown_part_lists_the_known_ones(text: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["train.learning_rate=1e-4", "model.d_ff=64", "data.seq_len=32", "mixture.n_experts=2.0"],
+    [
+        "train.learning_rate=1e-4",
+        "model.d_ff=64",
+        "data.seq_len=32",
+        "run.random_seed=1",
+        "mixture.n_experts=2.0",
+    ],
 )
 def test_other_training_settings_on_the_same_folder_are_refused(
     open_new: Open, copied_run: str, setting: str

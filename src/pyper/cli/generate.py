@@ -32,7 +32,7 @@ def generate(
         bool, typer.Option("--show-experts", help="Colour the text by the expert that wrote it.")
     ] = False,
     resident: Annotated[
-        int | None, typer.Option(help="Experts kept in memory at a time (default: all).")
+        int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
     ] = None,
     device: Annotated[str, typer.Option()] = "auto",
     as_json: JsonOption = False,

@@ -49,6 +49,7 @@ def mix(
         print_json({"path": str(path), **settings.model_dump(mode="json")})
     else:
         stdout().print(
-            f"{path}: {settings.n_experts} experts ({', '.join(settings.experts)}), "
+            f"{path}: {settings.n_experts} expert{'s' if settings.n_experts > 1 else ''} "
+            f"({', '.join(settings.experts)}), "
             f"{settings.mixing}, temperature {settings.temperature}"
         )

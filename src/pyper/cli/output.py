@@ -37,9 +37,10 @@ def print_json(value: Any) -> None:
 def report_error(error: PyperError) -> None:
     """What is wrong, and what to do; no traceback."""
     console = stderr()
-    console.print(f"[bold red]error:[/] {_plain(error.message)}", highlight=False)
-    if error.hint:
-        console.print(f"[bold]hint:[/] {_plain(error.hint)}", highlight=False)
+    lines = {"[bold red]error:[/]": error.message, "[bold]hint:[/]": error.hint}
+    for label, text in lines.items():
+        if text:  # a terminal breaks long lines itself, and copies them whole
+            console.print(f"{label} {_plain(text)}", highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:

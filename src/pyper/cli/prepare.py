@@ -48,12 +48,14 @@ def prepare(
         "text_key": text_key,
     }
     # Imported here: pydantic would double the time of `pyper --help`.
-    from pyper.config import PrepareConfig
-    from pyper.config.load import validate
+    from pyper.stages.prepare import (
+        check_options,
+        data_summary,
+        data_table,
+        prepare_with_progress,
+    )
 
-    config = validate(PrepareConfig, {k: v for k, v in given.items() if v is not None})
-    from pyper.stages.prepare import data_summary, data_table, prepare_with_progress
-
+    config = check_options({k: v for k, v in given.items() if v is not None})
     manifest = prepare_with_progress(sources, output, config, stderr())
     if as_json:
         print_json(data_summary(manifest, output))

@@ -64,8 +64,9 @@ def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
         if kind is not None:
             files.append(SourceFile(*found, kind))
     if not files:
+        seen = f"{skipped} files are not text" if skipped else "there are no files"
         raise DataError(
-            f"no text in {', '.join(map(str, sources))} ({skipped} files are not text)",
+            f"no text in {', '.join(map(str, sources))} ({seen})",
             hint="Pyper reads .txt, .jsonl and other text (also .gz, .xz, .zst), and .parquet",
         )
     rank = {"test": 0, "valid": 1, "train": 2, None: 3}

@@ -41,7 +41,14 @@ class Completion:
 
 
 def encode_prompt(tokenizer: TextTokenizer, prompt: str, context: int) -> list[int]:
-    """Tokens of a prompt behind the document token. Raises PromptError when it is too long."""
+    """Tokens of a prompt behind the document token.
+
+    Raises PromptError when it is too long, or was given in bytes that are no UTF-8.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise PromptError("the prompt is not UTF-8 text", hint="convert it to UTF-8") from None
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(tokens) >= context:
         raise PromptError(

@@ -39,6 +39,7 @@ def change_mixture(
             "`--drop` and `--add` write a new mixture", hint="say where: `-o mixtures/new`"
         )
     folder = find_mixture(path)
+    refuse_overwriting(output)
     settings = read_settings(folder)
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     members = _members(folder, settings)
@@ -80,6 +81,20 @@ def change_mixture(
     return changed
 
 
+def refuse_overwriting(output: Path) -> None:
+    """Another mixture may be replaced; data, runs and what a run made itself may not."""
+    if (output.parent / "run.toml").is_file():
+        raise ConfigError(
+            f"{output} belongs to the run {output.parent}",
+            hint="write the changed mixture elsewhere: `-o mixtures/new`",
+        )
+    is_mixture = (output / "config.json").is_file() and (output / "tokenizer.json").is_file()
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not is_mixture):
+        raise ConfigError(
+            f"`{output}` exists and is no mixture", hint="choose another folder with `-o`"
+        )
+
+
 def _members(folder: Path, settings: MixtureSettings) -> list[_Member]:
     counts: list[Tensor | None] = [None] * settings.n_experts
     if settings.router == "unigram":
@@ -103,6 +118,11 @@ def _other_expert(text: str, tokenizer: TextTokenizer) -> _Member:
             hint="for example `--add poems=runs/verse:2`",
         )
     run = RunFolder(Path(root))
+    if not (run.expert(int(index)) / "best").exists():
+        raise CheckpointError(
+            f"`--add {text}`: {root} holds no trained expert {index}",
+            hint="`pyper inspect` a run to see what is trained in it",
+        )
     checkpoint = load_checkpoint(run.expert(int(index)) / "best")
     other = read_settings(find_mixture(run.root))
     if other.tokenizer_fingerprint != tokenizer.fingerprint:

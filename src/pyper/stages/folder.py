@@ -20,8 +20,9 @@ from pyper.errors import CheckpointError, ConfigError, DataError, StorageError
 from pyper.stages.toml import to_toml
 
 # What can be changed on an existing run: it steers mixing and judging, not training.
-_FREE_SECTIONS = ("run", "evaluate", "track")
+_FREE_SECTIONS = ("evaluate", "track")
 _FREE_KEYS = {
+    "run": {"folder", "device", "jobs"},
     "mixture": {
         "router",
         "mixing",
@@ -95,13 +96,20 @@ def open_run(run: RunConfig, data_fingerprint: str) -> RunFolder:
     """
     folder = RunFolder(run.run.folder or Path("runs/run"))
     _make_folder(folder.root)
-    existing = folder.root / "run.toml"
-    if existing.is_file():
+    existing, begun = folder.root / "run.toml", _has_begun(folder)
+    if begun and existing.is_file():
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
     _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
-    _refuse_other_data(folder.root, data_fingerprint)
+    if begun:
+        _refuse_other_data(folder.root, data_fingerprint)
     write_json(folder.root / "run.json", {**_circumstances(), "data": data_fingerprint})
     return folder
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    """Whether anything was made; a first command that failed binds nobody to its settings."""
+    first = (folder.assignment, folder.root / "discovery", folder.seed, folder.control)
+    return any(path.exists() for path in (*first, folder.root / "experts"))
 
 
 def _refuse_other_data(root: Path, fingerprint: str) -> None:

@@ -24,6 +24,8 @@ def inspect_path(path: Path) -> Facts:
 
     Raises DataError for anything else.
     """
+    if not path.exists():
+        raise DataError(f"there is no folder `{path}`", hint="check the path")
     if (path / "run.toml").is_file():
         return _run(path)
     if (path / "state.json").is_file():

@@ -4,11 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pyper.config import PrepareConfig
+from pyper.config.load import validate
 from pyper.data import DataManifest, prepare
+from pyper.errors import ConfigError
+
+
+def check_options(given: dict[str, Any]) -> PrepareConfig:
+    """The options of `pyper prepare`. Raises ConfigError that names one that cannot be used."""
+    try:
+        return validate(PrepareConfig, given)
+    except ConfigError as error:
+        name = error.message.split("`")[1].replace("_", "-")
+        raise ConfigError(error.message, hint=f"change `--{name}`") from None
 
 
 def prepare_with_progress(
@@ -50,13 +62,16 @@ def data_table(manifest: DataManifest, path: Path) -> Table:
     said = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in left_out.items()) or "nothing"
     table = Table(
         title=f"{path}: {manifest.vocab_size:,} token types",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
         caption=f"mended or left out: {said}",
     )
-    table.add_column("domain")
+    table.add_column("domain", overflow="fold")
     for split in ("train", "valid", "test"):
-        table.add_column(f"{split} documents", justify="right")
-        table.add_column("tokens", justify="right")
-    table.add_column("bytes/token", justify="right")
+        table.add_column(f"{split} documents", justify="right", overflow="fold")
+        table.add_column("tokens", justify="right", min_width=len("1,234,567"))
+    table.add_column("bytes/ token", justify="right", overflow="fold")
     for domain, splits in manifest.domains.items():
         cells = [
             text
