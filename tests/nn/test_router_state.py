@@ -222,7 +222,6 @@ def test_thresholds_go_on_moving_while_they_decide() -> None:
         assert not torch.equal(state.threshold, old)
 
 
-@pytest.mark.xfail(reason="`begin_step` does not forget yet", strict=True)
 @torch.no_grad()
 def test_what_was_read_before_a_step_began_does_not_count() -> None:
     """Such as the pass that finds out how large a micro-batch fits."""

@@ -176,7 +176,6 @@ def test_what_a_step_observes_leaves_padding_out() -> None:
     torch.testing.assert_close(with_padding, plain)
 
 
-@pytest.mark.xfail(reason="auxiliary losses and quantile biases still read padding")
 @pytest.mark.parametrize("balance", ["loss", "sign_bias", "quantile_bias"])
 def test_balancing_leaves_padding_out(balance: str) -> None:
     sparse = {"routing": "token_choice", "balance": balance, "router_z_weight": 0.1}

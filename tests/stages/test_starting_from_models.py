@@ -107,7 +107,6 @@ def test_another_tokenizer_is_refused(
     _is_one_line_with_a_way_out(caught.value, "--tokenizer")
 
 
-@pytest.mark.xfail(reason="a checkpoint's vocabulary is not compared with the data's yet")
 def test_a_checkpoint_of_another_vocabulary_is_refused(
     finished_run: Path, texts_folder: Path, tmp_path: Path
 ) -> None:

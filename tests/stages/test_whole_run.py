@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,6 +283,21 @@ def test_an_expert_may_differ_in_settings_and_budget(open_new: Open, tmp_path: P
     assert has_muon == [False, True]
     with pytest.raises(ConfigError, match="`expert` was"):
         open_new("own")
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"name": "law"}, "law"), ({"index": 2}, "2"), ({"index": 9, "name": "x"}, "x")],
+)
+def test_settings_for_no_expert_of_the_run_are_refused(
+    open_new: Open, own: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"`\[\[expert\]\]` {said} is none of") as caught:
+        assign(open_new("run", expert=[own | {"beta1": 0.5}]))
+    assert "0 sums, 1 tales" in caught.value.hint
+    # What was divided meanwhile does not hold anybody to the mistake.
+    renamed = {"index": 1, "name": "stories", "beta1": 0.5}
+    assert assign(open_new("run", expert=[renamed])).names == ["sums", "stories"]
 
 
 @pytest.mark.parametrize("part", ["expert:0", "control"])

@@ -61,6 +61,7 @@ class ExpertStack(nn.Module):
         """Chosen (N, E), and what to say of it."""
         passing = above_threshold(scores, self.state.threshold, padding)
         rule = context.rule or self.state.rule(self.training)
+        assert rule != "per_sequence", "the control of the sparse layers has no twin here"
         if rule == "threshold" and not self.training:
             return passing, Routed(layer_statistics(passing, gates, padding=padding))
         n_real = len(scores) if padding is None else int((~padding).sum())

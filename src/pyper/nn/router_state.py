@@ -45,6 +45,11 @@ class RouterState(nn.Module):
         )
         return "threshold" if not training or by_threshold else "expert_choice"
 
+    def begin_step(self, trained_share: float) -> None:
+        """Before each optimizer step: the share of all steps that are done (0 … 1)."""
+        self.trained_share = trained_share
+        self._forget()  # of a trial pass that no step followed
+
     def observe_kth_score(self, kth_score: Tensor) -> None:
         """The k-th scores (E,) of one micro-batch."""
         self._kth_scores.append(kth_score.detach())

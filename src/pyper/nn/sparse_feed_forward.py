@@ -156,10 +156,12 @@ class SparseFeedForward(nn.Module):
         chosen = choose_experts(biased, sparse.top_k, padding)
         auxiliary = None
         if self.training:
-            share = self.state.observe_load(chosen, gates.detach())
-            auxiliary = sparse.router_z_weight * router_z_loss(router_logits)
+            real = slice(None) if padding is None else ~padding
+            kept = gates[real]
+            share = self.state.observe_load(chosen, kept.detach())
+            auxiliary = sparse.router_z_weight * router_z_loss(router_logits[real])
             if sparse.balance == "loss":
-                probs = gates / gates.sum(dim=-1, keepdim=True)
+                probs = kept / kept.sum(dim=-1, keepdim=True)
                 balance = load_balancing_loss(probs, share.to(probs))
                 auxiliary = auxiliary + sparse.load_balancing_weight * balance
         weights = _normalized(gates, chosen) if sparse.normalize_gates else gates

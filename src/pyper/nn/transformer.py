@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
         for state in self._router_states():
-            state.trained_share = trained_share
+            state.begin_step(trained_share)
 
     def end_step(self) -> None:
         """After each optimizer step: routing thresholds and biases take in what was observed."""

@@ -22,7 +22,7 @@ from pyper.checkpoint import (
 )
 from pyper.checkpoint import write_json_atomically as write_json
 from pyper.data import SPLITS, Documents, Split
-from pyper.errors import CheckpointError, DataError
+from pyper.errors import CheckpointError, ConfigError, DataError
 from pyper.mixture import assign_documents, discover_unigram
 from pyper.nn import Transformer
 from pyper.routing import apply_prices, assign_with_prices
@@ -59,7 +59,10 @@ class ExpertData:
 
 
 def assign(context: Context) -> ExpertData:
-    """Divide the documents, or read how they were divided before. Raises DataError."""
+    """Divide the documents, or read how they were divided before.
+
+    Raises DataError, and ConfigError for an `[[expert]]` that is none of those found.
+    """
     target, metadata = context.folder.assignment, _metadata(context)
     if not is_complete(target, metadata):
         if context.n_experts == 1:
@@ -68,7 +71,21 @@ def assign(context: Context) -> ExpertData:
             _write(context, _by_folder(context), None, metadata)
         else:
             _write(context, *_discover(context), metadata)
-    return read_assignment(target)
+    assigned = read_assignment(target)
+    _refuse_strangers(context, assigned.names)
+    return assigned
+
+
+def _refuse_strangers(context: Context, names: list[str]) -> None:
+    """Settings for nobody would be dropped without a word."""
+    for override in context.run.expert:
+        known = override.name in names if override.index is None else override.index < len(names)
+        if not known:
+            which = override.index if override.name is None else override.name
+            raise ConfigError(
+                f"`[[expert]]` {which} is none of this run's experts",
+                hint=f"they are {', '.join(f'{i} {name}' for i, name in enumerate(names))}",
+            )
 
 
 def _metadata(context: Context) -> dict[str, Json]:
@@ -80,6 +97,7 @@ def _metadata(context: Context) -> dict[str, Json]:
         "scores": mixture.discover_scores,
         "rounds": mixture.discover_rounds,
         "random_seed": context.run.run.random_seed,
+        "names": [[o.index, o.name] for o in context.run.expert if o.index is not None and o.name],
     }
 
 

@@ -72,6 +72,12 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
         )
     if run.train.start_from is not None:
         start = open_start(run.train.start_from, manifest.tokenizer_fingerprint)
+        if start.config.vocab_size != manifest.vocab_size:
+            raise TokenizerError(
+                f"the model of `train.start_from` has a vocabulary of {start.config.vocab_size:,}, "
+                f"the tokenizer of {run.data.path} {manifest.vocab_size:,}",
+                hint="prepare the data with the tokenizer that the model was trained with",
+            )
         return run.model_copy(update={"model": _as_started(run, start.config)})
     model = run.model.model_copy(
         update={

@@ -148,7 +148,9 @@ def _refuse_other_settings(before: RunConfig, now: RunConfig, root: Path) -> Non
             continue
         free = _FREE_KEYS.get(section, set())
         if section == "expert":
-            raise _other_settings("expert", "…", "…", root)
+            if any((root / part).exists() for part in ("experts", "control")):
+                raise _other_settings("expert", "…", "…", root)
+            continue  # nobody has trained by it yet
         for key in new[section]:
             if key not in free and old[section][key] != new[section][key]:
                 raise _other_settings(

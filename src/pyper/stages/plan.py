@@ -12,6 +12,7 @@ from pyper.data import TokenData
 from pyper.errors import DataError
 from pyper.nn import count_parameters, train_flops_per_token
 from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
+from pyper.stages.start import open_start
 from pyper.stages.toml import to_toml
 
 # Where the data are not prepared yet: a common size, so that counts can be shown.
@@ -30,7 +31,10 @@ def plan(run: RunConfig) -> dict[str, Any]:
             "vocab_size": run.model.vocab_size or _USUAL_VOCABULARY,
             "seq_len": run.model.seq_len or run.data.seq_len,
         }
-        run = run.model_copy(update={"model": run.model.model_copy(update=update)})
+        model = run.model.model_copy(update=update)
+        if run.train.start_from is not None:
+            model = open_start(run.train.start_from, None).config
+        run = run.model_copy(update={"model": model})
     else:
         run, note = resolve(run, data), ""
         steps = _steps(run, data)

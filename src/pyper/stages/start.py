@@ -22,10 +22,11 @@ class Start:
     load: Callable[[], dict[str, Tensor]]
 
 
-def open_start(path: Path, tokenizer_fingerprint: str) -> Start:
+def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
     """The model of `train.start_from`: a checkpoint, a mixture of one, or one of its experts.
 
-    Raises CheckpointError for anything else, ConfigError for a mixture of several, TokenizerError
+    tokenizer_fingerprint: of the data; None does not compare it. Raises CheckpointError for
+    anything else, ConfigError for a mixture of several, TokenizerError
     when its tokenizer is not that of the data.
     """
     if not path.exists():
@@ -37,7 +38,8 @@ def open_start(path: Path, tokenizer_fingerprint: str) -> Start:
         config = ExpertConfig.model_validate(state["model_config"])
         return Start(config, partial(load_model_tensors, path))
     mixture, name = _find_expert(path)
-    if read_settings(mixture).tokenizer_fingerprint != tokenizer_fingerprint:
+    own = read_settings(mixture).tokenizer_fingerprint
+    if tokenizer_fingerprint not in (None, own):
         raise TokenizerError(
             f"{path} was trained with another tokenizer than the data were prepared with",
             hint=f"prepare them with `--tokenizer {mixture / 'tokenizer.json'}`",

@@ -69,6 +69,7 @@ def _short_run(
     )
     try:
         for step in range(_STEPS):
+            model.begin_step(step / _STEPS)
             parts = loader.next_batch().split(size)
             train_step(model, parts, optimizer, schedule.factor(step), loss_fn)
     except NonFiniteError:

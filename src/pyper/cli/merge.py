@@ -1,0 +1,60 @@
+"""`pyper merge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyper.cli.output import JsonOption, print_json, stderr, stdout
+
+
+def merge(
+    run_file: Annotated[Path, typer.Argument(help="Run folder; with --add, a merged model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
+    routing: Annotated[
+        str, typer.Option(help="token_choice, expert_choice, threshold or capped.")
+    ] = "token_choice",
+    top_k: Annotated[int, typer.Option(help="Experts per token under token choice.")] = 2,
+    router: Annotated[str, typer.Option(help="ridge, means or random.")] = "ridge",
+    attention: Annotated[
+        str, typer.Option(help="average, or soft: keep all attentions, softly mixed.")
+    ] = "average",
+    average: Annotated[
+        bool, typer.Option("--average", help="One dense model of mean weights instead.")
+    ] = False,
+    upcycle: Annotated[
+        int | None, typer.Option(help="Copy the dense control this many times instead.")
+    ] = None,
+    noise: Annotated[float, typer.Option(help="On upcycled copies, e.g. 0.01.")] = 0.0,
+    add: Annotated[
+        str | None,
+        typer.Option(metavar="RUN:EXPERT", help="Add a run's expert to a merged model."),
+    ] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make one sparse model of a run's experts: their feed-forwards become experts of each layer.
+
+    The rest is averaged, which needs experts that branched from one seed. Tune the result with a
+    run of its own: `pyper train tune.toml --set train.start_from=models/merged`.
+
+    Example: `pyper merge runs/quickstart -o models/merged`
+    """
+    from pyper.stages.merge_command import MergeOptions, merge_command, merge_table
+
+    options = MergeOptions(
+        routing=routing,
+        top_k=top_k,
+        router=router,
+        attention=attention,
+        average=average,
+        upcycle=upcycle,
+        noise=noise,
+        add=add,
+        device=device,
+    )
+    result = merge_command(run_file, output, options, stderr())
+    if as_json:
+        print_json(result)
+    else:
+        stdout().print(merge_table(result))
