@@ -8,6 +8,7 @@ import pytest
 
 from pyper.config import PrepareConfig
 from pyper.data import Document, ReadCounts, read_documents
+from pyper.data.sources import find_files
 from pyper.errors import DataError, MissingExtraError
 
 
@@ -203,3 +204,16 @@ def test_an_optional_package_is_named_when_it_is_needed(
     with pytest.raises(MissingExtraError, match=package) as caught:
         read(tmp_path)
     assert "pyper[data]" in caught.value.hint
+
+
+def test_of_several_folders_each_is_one_domain(tmp_path: Path) -> None:
+    for domain in ("novels", "law"):
+        (tmp_path / domain).mkdir()
+        for name in ("one.txt", "two.txt"):
+            (tmp_path / domain / name).write_text(f"{domain} {name}")
+    together, _ = find_files([tmp_path / "novels", tmp_path / "law"])
+    assert {(f.domain, f.path.name) for f in together} == {
+        (domain, name) for domain in ("novels", "law") for name in ("one.txt", "two.txt")
+    }
+    alone, _ = find_files([tmp_path / "novels"])
+    assert {f.domain for f in alone} == {"one", "two"}

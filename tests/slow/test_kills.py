@@ -12,6 +12,7 @@ from commands import json_of, start_pyper
 
 from pyper.checkpoint import load_checkpoint
 from pyper.stages.toml import to_toml
+from pyper.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,12 @@ def kill_after(seconds: float, *arguments: object, cwd: Path) -> bool:
     return False
 
 
+def losses_of(folder: Path) -> list[tuple[int, float | None, float | None]]:
+    """What was logged; speeds differ."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [(r["step"], r.get("loss"), r.get("valid_loss")) for r in records]
+
+
 @pytest.mark.parametrize(("jobs", "kills"), [(1, 20), (2, 10)])
 def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(
     run_file: Path, tmp_path: Path, jobs: int, kills: int
@@ -62,5 +69,6 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(
         one, two = (tmp_path / name / part for name in ("whole", "killed"))
         ours, theirs = (load_checkpoint(folder / "best").model for folder in (one, two))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert losses_of(one) == losses_of(two)
     assert survived == undisturbed
     assert json_of("inspect", tmp_path / "killed", cwd=tmp_path)["damaged"] == []

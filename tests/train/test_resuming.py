@@ -12,6 +12,7 @@ from pyper.config import TrainConfig
 from pyper.data import Batch
 from pyper.errors import DataError, InterruptedRun, LockedError
 from pyper.train import TrainingData
+from pyper.train.metrics import MetricsFile, read_metrics
 
 STEPS = 8
 
@@ -156,3 +157,33 @@ def test_random_numbers_of_a_batch_transform_go_on_where_they_stopped(
     _, resumed = train(tmp_path / "cut", batch_transform=drop_tokens)
 
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("patience", [None, 5])
+def test_a_kill_before_the_best_checkpoint_was_marked_is_made_good(
+    train: Train, tmp_path: Path, patience: int | None
+) -> None:
+    stopping = None if patience is None else {"patience": patience}
+    config = new_config(early_stopping=stopping, eval_every=STEPS)
+    _, whole = train(tmp_path, config)
+    (tmp_path / "best").unlink()
+
+    result, again = train(tmp_path, config)
+
+    assert_same(again, whole)
+    assert result.best_step == STEPS
+    assert (tmp_path / "best").is_symlink()
+
+
+def test_the_log_outlives_a_kill_right_after_a_resume(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsFile(file, resume_step=0)
+    for step in range(1, 7):
+        log.write({"step": step})
+    log.close()
+
+    resumed = MetricsFile(file, resume_step=4)
+    found = [record["step"] for record in read_metrics(file)]  # as a kill would leave it
+    resumed.close()
+
+    assert found == [1, 2, 3, 4]

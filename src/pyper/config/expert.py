@@ -118,6 +118,11 @@ class ExpertConfig(Section):
                 "NTK scaling raises the base to the power K/(K − 2): `head_dim` 2 has none",
                 hint='use more dimensions per head, or `rope_scaling = { kind = "linear", … }`',
             )
+        if self.rope_theta <= 1 and self.rope_scaling and self.rope_scaling.kind == "yarn":
+            raise ConfigError(
+                f"YaRN needs a `rope_theta` above 1, not {self.rope_theta:g}",
+                hint="`10_000` is usual",
+            )
         return self
 
     @property

@@ -88,7 +88,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def parse_run(values: dict[str, Any]) -> RunConfig:
     """Check a whole run file, given as nested dictionaries."""
-    for expert in values.get("expert", ()):
+    experts = values.get("expert", ())
+    for expert in experts if isinstance(experts, list | tuple) else ():
         if isinstance(expert, dict):
             _check_expert(expert)
     return validate(RunConfig, values)

@@ -34,7 +34,8 @@ class MixtureConfig(Section):
     prune: float = Field(default=1e-3, ge=0, lt=0.5)
     """While generating, an expert whose weight falls below this stops running."""
     price_scale: float = Field(default=0.0, ge=0, le=1)
-    """Share of the training prices applied at inference: 0 routes for quality, 1 for equal load."""
+    """Share of the training prices applied at inference: 0 routes for quality, 1 for equal load.
+    Read by `top1` and `window`."""
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> "MixtureConfig":

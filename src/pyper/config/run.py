@@ -87,7 +87,8 @@ class RunConfig(Section):
         """A sparse model, or one that goes on from a saved one, is trained alone by default."""
         if not isinstance(raw, dict):
             return raw
-        sections = {key: dict(raw.get(key) or {}) for key in ("model", "mixture", "train")}
+        given = {key: raw.get(key) for key in ("model", "mixture", "train")}
+        sections = {key: dict(v) if isinstance(v, dict) else {} for key, v in given.items()}
         starts = sections["train"].get("start_from") is not None
         if sections["model"].get("kind", "dense") == "dense" and not starts:
             return raw

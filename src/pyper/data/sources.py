@@ -49,13 +49,15 @@ def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
     """All files to read (test, valid, train, then undecided), and how many were skipped.
 
     A folder holds one domain for each sub-folder or file directly in it, or is itself one domain
-    when it holds nothing but train, valid and test. Hidden files do not count, nor do README and
+    when it holds nothing but train, valid and test. Of several sources, each is one domain, folders
+    too. Hidden files do not count, nor do README and
     LICENSE beside domains or splits. Raises DataError for a missing source, and where nothing is
     text.
     """
     if not sources:
         raise DataError("no source was given", hint="name files or folders with text")
-    candidates = [found for source in sources for found in _find(source)]
+    several = len(sources) > 1
+    candidates = [found for source in sources for found in _find(source, one_domain=several)]
     unique = {found.path.resolve(): found for found in reversed(candidates)}
     files, skipped = [], 0
     for found in sorted(unique.values(), key=lambda found: (found.domain, found.name)):
@@ -80,7 +82,7 @@ class _Found(NamedTuple):
     split: Split | None
 
 
-def _find(source: Path) -> Iterator[_Found]:
+def _find(source: Path, *, one_domain: bool) -> Iterator[_Found]:
     if source.is_file():
         split = split_of(source)
         parent = source.resolve().parent
@@ -89,7 +91,7 @@ def _find(source: Path) -> Iterator[_Found]:
     if not source.is_dir():
         raise _missing(source)
     entries = _data_entries(source)
-    if _holds_only_splits(entries):
+    if one_domain or _holds_only_splits(entries):
         yield from _find_in_domain(source, _domain(source.resolve()), prefix=source.resolve().name)
         return
     for entry in entries:

@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 # Halfway between branches of one seed the loss is below theirs; between strangers, nats above.
 BARRIER_LIMIT = 0.5
-_SAMPLE_TOKENS, _VALID_TOKENS = 16_384, 8192
+_SAMPLE_TOKENS, _VALID_TOKENS = 4096, 4096
 
 
 @dataclass(frozen=True)

@@ -71,14 +71,17 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def merge_table(result: dict[str, Any]) -> Table:
-    """Losses before and after, on the same validation text."""
-    table = Table(title=f"{result['path']}: validation loss, nats per token, before any tuning")
+    """Losses before and after, on the same validation text; or what was added."""
+    if "loss" not in result:
+        table = Table(show_header=False, box=None)
+        table.add_row(result["path"], f"{result['n_experts']} experts in every sparse layer")
+        return table
+    table = Table(title="validation loss before any tuning, nats per token")
     table.add_column("model")
     table.add_column("loss", justify="right")
     for name, loss in result.get("before", {}).items():
         table.add_row(name.replace("_", " "), f"{loss:.3f}", style="dim")
-    if "loss" in result:
-        table.add_row("merged", f"{result['loss']:.3f}", style="bold")
+    table.add_row("merged", f"{result['loss']:.3f}", style="bold")
     if result.get("barrier") is not None:
         table.caption = f"barrier between neighbouring experts: {result['barrier']:+.3f}"
     return table

@@ -133,6 +133,7 @@ class _Trainer:
         """The loop, as numbered steps."""
         # 1. go on where an earlier process stopped
         restore(self.state, self.store, self.progress)
+        self._mark_best_again()
         sinks = open_sinks(self.folder, self.plan.name, self.track, self.state.step)
         self.progress.start(self.plan.name, self.plan.total_steps, self.state.step)
         try:
@@ -145,6 +146,15 @@ class _Trainer:
                 sink.close()
         # 7. keep the best weights
         return self._finish()
+
+    def _mark_best_again(self) -> None:
+        """A kill may have come between the last checkpoint and the link `best` to it."""
+        state = self.state
+        chosen = state.step if state.finished else None
+        if self.config.early_stopping is not None:
+            chosen = state.stopping.best_step
+        if state.step > 0 and state.step == chosen:
+            self.store.mark_best(state.step)
 
     def _train(
         self, sinks: list[Sink], stop_request: StopRequest, should_stop: Callable[[int], bool]

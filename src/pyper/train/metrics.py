@@ -1,6 +1,7 @@
 """`metrics.jsonl`, and the trackers that may run beside it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,11 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _read_lines(path) if json.loads(line)["step"] <= resume_step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
+        # Beside the old file, then in its place: a kill must not lose what was logged.
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append one record."""

@@ -67,7 +67,8 @@ def train_step(
         optimizer.clear_gradients()
         raise NonFiniteError(
             f"the loss is {result.loss:g} and the gradient norm {result.gradient_norm:g}",
-            hint="lower `train.learning_rate`, or lengthen `train.warmup_steps`",
+            hint="lower `train.learning_rate` or lengthen `train.warmup_steps`, in a new folder "
+            "(`--set run.folder=runs/NAME`)",
         )
 
     # 4. the update
