@@ -82,11 +82,10 @@ class Muon(torch.optim.Optimizer):
         return buffer
 
     def _parts(self, i: int, direction: Tensor, param: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rows = self._row_splits[i] or (param.shape[-2],)
-        of_expert = zip(direction.unbind(), param.unbind(), strict=True)
-        matrices = of_expert if param.ndim == 3 else [(direction, param)]
-        return [
-            pair
-            for whole in matrices
-            for pair in zip(*(tensor.split(rows) for tensor in whole), strict=True)
-        ]
+        whole = [(direction, param)]
+        if param.ndim == 3:
+            whole = list(zip(direction.unbind(), param.unbind(), strict=True))
+        rows = self._row_splits[i]
+        if rows is None:
+            return whole
+        return [pair for d, p in whole for pair in zip(d.split(rows), p.split(rows), strict=True)]
