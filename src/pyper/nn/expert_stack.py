@@ -69,8 +69,7 @@ class ExpertStack(nn.Module):
         choice = choose_tokens(scores, capacity, padding)
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
-        gap = (choice.kth_score - self.state.threshold).abs().mean()
-        gap = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
+        gap = self.state.threshold_gap(choice.kth_score)
         by_choice = as_mask(choice.token_index, len(scores))
         chosen, other = (passing, by_choice) if rule == "threshold" else (by_choice, passing)
         statistics = layer_statistics(

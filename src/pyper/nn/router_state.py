@@ -45,6 +45,11 @@ class RouterState(nn.Module):
         )
         return "threshold" if not training or by_threshold else "expert_choice"
 
+    def threshold_gap(self, kth_score: Tensor) -> Tensor:
+        """(), mean |k-th score − threshold| over experts; 0 before there are thresholds."""
+        gap = (kth_score - self.threshold).abs().mean()
+        return torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
+
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
         self.trained_share = trained_share

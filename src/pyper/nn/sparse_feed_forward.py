@@ -104,8 +104,7 @@ class SparseFeedForward(nn.Module):
             )
         choice = self._choose(scores, padding, n_rows if rule == "per_sequence" else 1)
         chosen = as_mask(choice.token_index, len(tokens))
-        gap = (choice.kth_score - self.state.threshold).abs().mean()
-        gap = torch.where(gap.isfinite(), gap, torch.zeros_like(gap))
+        gap = self.state.threshold_gap(choice.kth_score)
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
         if rule == "threshold":
