@@ -1,12 +1,20 @@
 """Write text: sampling, decoding with caches, streaming."""
 
+from pyper.generate.batch_engine import BatchEngine
 from pyper.generate.engine import Completion, Piece, complete, encode_prompt, stream
+from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
 from pyper.generate.sampling import SamplingConfig, filtered_probs, next_token
 from pyper.generate.text import TextStream
 
 __all__ = [
+    "BatchEngine",
     "Completion",
+    "EngineLimits",
+    "EngineStats",
+    "Event",
+    "FinishReason",
     "Piece",
+    "Request",
     "SamplingConfig",
     "TextStream",
     "complete",

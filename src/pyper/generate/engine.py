@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
 from pyper.generate.decoding import MixtureDecoder
+from pyper.generate.request import FinishReason
 from pyper.generate.sampling import SamplingConfig, next_token
 from pyper.generate.text import TextStream
 from pyper.mixture import Mixture
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""What is asked of the engine, and what it answers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyper.generate.sampling import SamplingConfig
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be continued."""
+
+    prompt: tuple[int, ...]
+    """Token ids; the first is the document token."""
+    sampling: SamplingConfig
+    expert: int | None = None
+    """Only this expert writes; None: the mixture's rule."""
+    n_logprobs: int = 0
+    """How many alternatives to report with every token."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step added to one request."""
+
+    request_id: int
+    token: int | None
+    """None when only held-back text is released at the end."""
+    text: str
+    """New text; bytes of half a character, and what may begin a stop string, are held back."""
+    log_prob: float
+    """Of `token`, under the mixture, before temperature and filters."""
+    alternatives: tuple[tuple[int, float], ...]
+    """The `n_logprobs` likeliest tokens with their log-probabilities, likeliest first."""
+    expert: int
+    """The one with the largest weight."""
+    weights: tuple[float, ...]
+    """Of all experts."""
+    finished: FinishReason | None
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much runs at once."""
+
+    max_running: int = 64
+    """Requests that are decoded side by side; others wait."""
+    cache_tokens: int = 65_536
+    """Tokens of keys and values that the cache of one expert holds, over all requests."""
+    prefill_chunk: int = 512
+    """Prompt tokens read in one step, over all requests: the others go on in between."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and what it holds now."""
+
+    running: int
+    waiting: int
+    cache_tokens_used: int
+    cache_tokens_total: int
+    prefill_tokens: int
+    decoded_tokens: int
+    reused_tokens: int
+    """Prompt tokens that were not read again because another request had read them."""
+    resident_experts: int
