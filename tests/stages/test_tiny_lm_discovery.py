@@ -110,7 +110,7 @@ def test_discovery_with_tiny_models_from_data_to_folder(
 
     # The folder is lost; the tiny models are not trained again.
     shutil.rmtree(context.folder.assignment)
-    monkeypatch.setattr("pyper.train.loop.train_step", None)
+    monkeypatch.setattr("pyper.train.recorded_step.train_step", None)
     again = assign(context)
     for split, expert in assigned.expert.items():
         assert np.array_equal(again.expert[split], expert)

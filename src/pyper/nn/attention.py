@@ -75,9 +75,11 @@ class Attention(nn.Module):
         """QK-norm of queries and keys (B, T, H + kv_heads, K), each with its own gain."""
         if self.q_norm is None or self.k_norm is None:
             return query_key
-        gain = torch.stack((self.q_norm.weight, self.k_norm.weight))  # (2, K)
-        counts = torch.tensor((self.n_heads, self.n_kv_heads), device=gain.device)
-        return rms_norm(query_key, gain.repeat_interleave(counts, dim=0), self.q_norm.eps)
+        gains = (
+            self.q_norm.weight.expand(self.n_heads, -1),
+            self.k_norm.weight.expand(self.n_kv_heads, -1),
+        )
+        return rms_norm(query_key, torch.cat(gains), self.q_norm.eps)
 
     def _through_cache(
         self, key: Tensor, value: Tensor, context: AttentionContext, layer: int

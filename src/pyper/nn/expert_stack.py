@@ -48,22 +48,24 @@ class ExpertStack(nn.Module):
         router_logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         gates = router_probs(router_logits, self.sparse.gate)  # (N, E)
         scores = (gates if self.sparse.gate == "softmax" else router_logits).detach()
-        chosen, routed = self._route(scores, gates, padding, context)
+        chosen, routed, capacity = self._route(scores, gates, padding, context)
         if context.cache is not None:
             out = self._run_all(x, gates, chosen, context)
         else:
-            out = self._run_chosen(x, gates, chosen, context)
+            # Thresholds let any number through: only then must a GPU be waited for.
+            longest = int(chosen.sum(dim=0).max()) if capacity is None else capacity
+            out = self._run_chosen(x, gates, chosen, longest, context)
         return out, routed
 
     def _route(
         self, scores: Tensor, gates: Tensor, padding: Tensor | None, context: AttentionContext
-    ) -> tuple[Tensor, Routed]:
-        """Chosen (N, E), and what to say of it."""
+    ) -> tuple[Tensor, Routed, int | None]:
+        """Chosen (N, E), what to say of it, and the tokens per expert where all have as many."""
         passing = above_threshold(scores, self.state.threshold, padding)
         rule = context.rule or self.state.rule(self.training)
         assert rule != "per_sequence", "the control of the sparse layers has no twin here"
         if rule == "threshold" and not self.training:
-            return passing, Routed(layer_statistics(passing, gates, padding=padding))
+            return passing, Routed(layer_statistics(passing, gates, padding=padding)), None
         n_real = len(scores) if padding is None else int((~padding).sum())
         capacity = capacity_of(n_real, self.sparse.n_experts, self.sparse.capacity_factor)
         choice = choose_tokens(scores, capacity, padding)
@@ -75,17 +77,15 @@ class ExpertStack(nn.Module):
         statistics = layer_statistics(
             chosen, gates, other=other, threshold_gap=gap, padding=padding
         )
-        return chosen, Routed(statistics)
+        return chosen, Routed(statistics), None if rule == "threshold" else capacity
 
     def _run_chosen(
-        self, x: Tensor, gates: Tensor, chosen: Tensor, context: AttentionContext
+        self, x: Tensor, gates: Tensor, chosen: Tensor, longest: int, context: AttentionContext
     ) -> Tensor:
-        """Gather each expert's tokens, in order; experts with fewer are filled up."""
-        T = x.shape[1]
-        load = chosen.sum(dim=0)
-        longest = int(load.max())
+        """Gather each expert's tokens, at most `longest`, in order; shorter ones are filled up."""
         if not longest:
             return x
+        T, load = x.shape[1], chosen.sum(dim=0)
         # True before False, and in order of position: a stable sort brings the chosen forward.
         token_index = (~chosen.T).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
         is_real = torch.arange(longest, device=x.device) < load[:, None]  # (E, C)

@@ -120,9 +120,11 @@ class SparseFeedForward(nn.Module):
         """(N, E): what thresholds let through; `capped` keeps a token's furthest above them."""
         threshold = self.state.threshold
         passing = above_threshold(scores, threshold, padding)
-        if self.sparse.routing != "capped" or not bool(threshold.isfinite().all()):
+        if self.sparse.routing != "capped":
             return passing
-        return passing & choose_experts(scores - threshold, self.sparse.max_experts_per_token)
+        # Before there are thresholds all lie equally far above: then nothing is capped.
+        highest = choose_experts(scores - threshold, self.sparse.max_experts_per_token)
+        return passing & (highest | threshold.isinf())
 
     def _choose(self, scores: Tensor, padding: Tensor | None, pools: int) -> TokenChoice:
         """Expert choice within each of `pools` equal parts of scores (N, E)."""
@@ -164,7 +166,8 @@ class SparseFeedForward(nn.Module):
                 balance = load_balancing_loss(probs, share.to(probs))
                 auxiliary = auxiliary + sparse.load_balancing_weight * balance
         weights = _normalized(gates, chosen) if sparse.normalize_gates else gates
-        out = self._run_mask(tokens, weights, chosen)
+        n_pairs = len(tokens) * sparse.top_k if padding is None else None
+        out = self._run_mask(tokens, weights, chosen, n_pairs)
         return out, Routed(layer_statistics(chosen, gates, padding=padding), auxiliary)
 
     def _run_index(self, tokens: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
@@ -174,11 +177,22 @@ class SparseFeedForward(nn.Module):
         weighted = rearrange(out * weight.unsqueeze(-1), "e c d -> (e c) d")
         return torch.zeros_like(tokens).index_add(0, token_index.flatten(), weighted)
 
-    def _run_mask(self, tokens: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Any number for each expert, chosen (N, E): one expert after another."""
-        expert, token = chosen.T.nonzero(as_tuple=True)
-        parts = tokens[token].split(chosen.sum(dim=0).tolist())
-        out = torch.cat([self._one_expert(e, rows) for e, rows in enumerate(parts)])
+    def _run_mask(
+        self, tokens: Tensor, gates: Tensor, chosen: Tensor, n_pairs: int | None = None
+    ) -> Tensor:
+        """Any number for each expert, chosen (N, E), of which `n_pairs` are True where known."""
+        if n_pairs is not None and tokens.is_cuda:  # else a GPU is waited for
+            expert, token = chosen.T.nonzero_static(size=n_pairs).unbind(dim=1)
+        else:
+            expert, token = chosen.T.nonzero(as_tuple=True)
+        rows, load = tokens[token], chosen.sum(dim=0)
+        if tokens.is_cuda and tokens.dtype == torch.bfloat16:
+            ends = load.cumsum(dim=0, dtype=torch.int32)
+            hidden = activate(self.up.grouped(rows, expert, ends), self.activation)
+            out = self.down.grouped(hidden, expert, ends)
+        else:
+            parts = rows.split(load.tolist())
+            out = torch.cat([self._one_expert(e, part) for e, part in enumerate(parts)])
         weighted = out * gates[token, expert].to(out.dtype).unsqueeze(-1)
         return torch.zeros_like(tokens).index_add(0, token, weighted)
 

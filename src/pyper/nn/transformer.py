@@ -92,6 +92,10 @@ class Transformer(nn.Module):
         for state in self._router_states():
             state.end_step()
 
+    def has_fixed_shapes(self) -> bool:
+        """Whether a training pass now launches the same kernels whatever the tokens are."""
+        return all(state.has_fixed_shapes(self.dtype) for state in self._router_states())
+
     def _router_states(self) -> Iterator[RouterState]:
         return (module for module in self.modules() if isinstance(module, RouterState))
 

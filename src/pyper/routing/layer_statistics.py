@@ -47,11 +47,17 @@ def layer_statistics(
     return LayerStatistics(
         n_tokens=zero + n_tokens,
         expert_load=chosen.sum(dim=0).float(),
-        fan_out=torch.bincount(chosen.sum(dim=1), minlength=n_experts + 1).float(),
+        fan_out=_histogram(chosen.sum(dim=1), n_experts + 1),
         router_entropy=_entropy(router_probs.detach().float()).sum() / max(n_tokens, 1),
         flip_rate=flips / max(n_tokens * n_experts, 1),
         threshold_gap=zero if threshold_gap is None else threshold_gap.detach().float(),
     )
+
+
+def _histogram(values: Tensor, size: int) -> Tensor:
+    """(size,) float32: how often 0 … size − 1 occur; `torch.bincount` makes a GPU wait."""
+    counts = torch.zeros(size, dtype=torch.float32, device=values.device)
+    return counts.index_add_(0, values, torch.ones_like(values, dtype=torch.float32))
 
 
 def _entropy(probs: Tensor) -> Tensor:

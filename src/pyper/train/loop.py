@@ -21,9 +21,10 @@ from pyper.train.metrics import Sink, open_sinks
 from pyper.train.micro_batch import choose_micro_batch_size
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.progress import Progress, Silent
+from pyper.train.recorded_step import RecordedStep
 from pyper.train.schedule import Schedule
 from pyper.train.state import TrainState, restore, save
-from pyper.train.step import StepResult, explain_out_of_memory, train_step
+from pyper.train.step import StepResult, explain_out_of_memory
 from pyper.train.throughput import Throughput
 from pyper.train.training_data import TrainingData
 
@@ -127,6 +128,7 @@ class _Trainer:
             optimizer.load_state_dict(plan.optimizer_state)
         stopping = EarlyStopping.from_config(config.early_stopping)
         self.state = TrainState(model, optimizer, loader, stopping)
+        self.step_fn = RecordedStep(model, optimizer, loss_fn)
         self.throughput = Throughput(model, data.seq_len, config.global_batch_tokens)
 
     def run(self, stop_request: StopRequest, should_stop: Callable[[int], bool]) -> TrainResult:
@@ -198,7 +200,7 @@ class _Trainer:
         self.model.begin_step(self.state.step / self.plan.total_steps)
         parts = batch.split(micro_batch_size)
         try:
-            return train_step(self.model, parts, self.state.optimizer, factor, self.loss_fn)
+            return self.step_fn(parts, factor)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{self.plan.name}, step {self.state.step + 1}: {error.message}; "

@@ -48,7 +48,7 @@ def token_loss(logits: Tensor, batch: Batch) -> LossSum:
     flat = logits.flatten(0, 1).float()
     if batch.weights is None:
         total = F.cross_entropy(flat, batch.targets.flatten(), reduction="sum")
-        return LossSum(total, torch.tensor(float(batch.targets.numel()), device=total.device))
+        return LossSum(total, torch.full_like(total, batch.targets.numel()))
     losses = F.cross_entropy(flat, batch.targets.flatten(), reduction="none")
     weights = batch.weights.flatten().float()
     return LossSum((losses * weights).sum(), weights.sum())

@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
             self._step_group(group["params"], group["lr"], group["momentum"], group["weight_decay"])
 
     def _step_group(
-        self, params: list[Tensor], lr: float, momentum: float, weight_decay: float
+        self, params: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float
     ) -> None:
         active = [i for i, p in enumerate(params) if p.grad is not None]
         grads = [grad for p in params if (grad := p.grad) is not None]
@@ -71,8 +71,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape[part.shape].append((part, target))
         for shape, pairs in by_shape.items():
             updates = orthogonalize(torch.stack([part for part, _ in pairs]), self._dtype)
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_([p for _, p in pairs], list(updates.unbind()), alpha=-lr * scale)
+            updates *= -lr * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_add_([p for _, p in pairs], list(updates.unbind()))
 
     def _buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]

@@ -23,6 +23,9 @@ class ExpertOptimizer:
         )
         self._optimizers = list(_build(model, named, config, learning_rate))
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
+        if model.device.type == "cuda":
+            for group in (group for o in self._optimizers for group in o.param_groups):
+                group["lr"] = torch.tensor(group["lr"], device=model.device)
         self._clip = config.gradient_clip
 
     def collect_gradients(self) -> None:
@@ -46,14 +49,32 @@ class ExpertOptimizer:
             torch._foreach_mul_(grads, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def step(self, rate_factor: float) -> None:
-        """Update all weights at `rate_factor` of the peak rates, then clear the gradients."""
+    def set_rates(self, rate_factor: float) -> None:
+        """Update at `rate_factor` of the peak rates from now on."""
         for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate_factor
+                if isinstance(group["lr"], Tensor):  # where a recorded step reads it
+                    group["lr"].fill_(peak * rate_factor)
+                else:
+                    group["lr"] = peak * rate_factor
+
+    def step(self, rate_factor: float) -> None:
+        """Update all weights at `rate_factor` of the peak rates, then clear the gradients."""
+        self.set_rates(rate_factor)
+        self.update_weights()
+
+    def update_weights(self) -> None:
+        """Update all weights at the rates that are set, then clear the gradients."""
+        for optimizer in self._optimizers:
             optimizer.step()
         self.clear_gradients()
         self._copy_masters_to_model()
+
+    def make_capturable(self) -> None:
+        """From now on `update_weights` may be recorded in a CUDA graph."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = True
 
     def clear_gradients(self) -> None:
         """Drop all gradients."""
@@ -63,7 +84,10 @@ class ExpertOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """States of the optimizers and, for bf16 models, the float32 masters."""
         masters = [m for p, m in zip(self._model_params, self._masters, strict=True) if m is not p]
-        return {"optimizers": [o.state_dict() for o in self._optimizers], "masters": masters}
+        states = [o.state_dict() for o in self._optimizers]
+        for group in (group for state in states for group in state["param_groups"]):
+            group["lr"] = float(group["lr"])
+        return {"optimizers": states, "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the states of `state_dict`; the model's weights follow the masters."""

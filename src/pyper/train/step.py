@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyper.data import Batch
 from pyper.errors import DataError, NonFiniteError, OutOfMemoryError
@@ -23,7 +24,16 @@ class StepResult:
     gradient_norm: float
     """Before clipping."""
     routing: tuple[LayerStatistics, ...] = ()
-    """Of each sparse layer, over the whole batch."""
+    """Of each sparse layer, over the whole batch; on the device."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the gradients were made from, still on the device."""
+
+    sums: Tensor
+    """(3,) float32: summed loss, summed weight, norm of the mean gradient."""
+    routing: tuple[LayerStatistics, ...]
 
 
 def train_step(
@@ -39,6 +49,20 @@ def train_step(
     weights at the end. Raises NonFiniteError before anything was updated, DataError when all
     weights are zero.
     """
+    measured = compute_gradients(model, micro_batches, optimizer, loss_fn)
+    result = checked(measured, optimizer)
+    optimizer.set_rates(rate_factor)
+    update(model, optimizer)
+    return result
+
+
+def compute_gradients(
+    model: Transformer,
+    micro_batches: Sequence[Batch],
+    optimizer: ExpertOptimizer,
+    loss_fn: LossFunction,
+) -> Measured:
+    """Clipped gradients of the mean loss. Never waits for the device."""
     # 1. gradients of the summed loss
     total = torch.zeros((), device=model.device)
     weight = torch.zeros((), device=model.device)
@@ -51,30 +75,39 @@ def train_step(
         weight += loss.weight
         routed.append([r.statistics for r in loss.routed])
 
-    if float(weight) == 0:
+    # 2. the mean: one number of tokens for the whole batch
+    norm = optimizer.clip_gradients(scale=1.0 / weight)
+    statistics = tuple(sum_statistics(list(layer)) for layer in zip(*routed, strict=True))
+    return Measured(torch.stack((total, weight, norm.float())), statistics)
+
+
+def checked(measured: Measured, optimizer: ExpertOptimizer) -> StepResult:
+    """The step's numbers; raises, with gradients dropped, where they may not be learned from.
+
+    NonFiniteError for a loss or gradient that is not finite, DataError for weights of zero.
+    """
+    total, weight, norm = measured.sums.tolist()  # the one wait for the device in a step
+    if weight == 0:
+        optimizer.clear_gradients()
         raise DataError(
             "the weights of a whole batch are zero: there is nothing to learn from",
             hint="check what `batch_transform` or `loss_fn` does with such a batch",
         )
-
-    # 2. the mean: one number of tokens for the whole batch
-    norm = optimizer.clip_gradients(scale=1.0 / weight)
-    statistics = tuple(sum_statistics(list(layer)) for layer in zip(*routed, strict=True))
-    result = StepResult(float(total / weight), float(norm), statistics)
-
-    # 3. never update with a poisoned gradient
-    if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+    loss = total / weight
+    if not math.isfinite(loss) or not math.isfinite(norm):
         optimizer.clear_gradients()
         raise NonFiniteError(
-            f"the loss is {result.loss:g} and the gradient norm {result.gradient_norm:g}",
+            f"the loss is {loss:g} and the gradient norm {norm:g}",
             hint="lower `train.learning_rate` or lengthen `train.warmup_steps`, in a new folder "
             "(`--set run.folder=runs/NAME`)",
         )
+    return StepResult(loss, norm, measured.routing)
 
-    # 4. the update
-    optimizer.step(rate_factor)
+
+def update(model: Transformer, optimizer: ExpertOptimizer) -> None:
+    """Move the weights by their gradients, and routing thresholds by what they observed."""
+    optimizer.update_weights()
     model.end_step()
-    return result
 
 
 def explain_out_of_memory(
