@@ -9,7 +9,7 @@ from torch import Tensor
 from nn.small_experts import BOS, small_expert, text_of
 from pyper.config import RopeScaling
 from pyper.errors import PromptError
-from pyper.nn import KVCache, Transformer
+from pyper.nn import PAGE_TOKENS, KVCache, Transformer
 
 LENGTH = 20
 SHAPES: list[dict[str, Any]] = [
@@ -115,7 +115,9 @@ def test_text_beyond_the_context_is_refused() -> None:
 
 
 def test_an_empty_cache_has_the_announced_shape() -> None:
-    cache = empty_cache(small_expert(n_kv_heads=2), 3, capacity=5)
-    assert cache.capacity == 5
-    assert cache.keys.shape == cache.values.shape == (2, 3, 2, 6, 4)
+    cache = empty_cache(small_expert(n_kv_heads=2), 3, capacity=PAGE_TOKENS + 1)
+    assert cache.capacity == PAGE_TOKENS + 1
+    # Two pages for each row, and the one that belongs to nobody.
+    assert cache.store.keys.shape == cache.store.values.shape == (2, 7 * PAGE_TOKENS, 2, 4)
     assert cache.lengths.tolist() == [0, 0, 0]
+    assert sorted(p for pages in cache.pages for p in pages) == [1, 2, 3, 4, 5, 6]

@@ -2,12 +2,16 @@
 
 from pyper.nn.counts import count_parameters, flops_per_token, train_flops_per_token
 from pyper.nn.init import init_weights
-from pyper.nn.kv_cache import KVCache
+from pyper.nn.kv_cache import PAGE_TOKENS, CachePass, Chunk, KVCache, KVStore
 from pyper.nn.sparse_feed_forward import Routed, Rule
 from pyper.nn.transformer import Reading, Transformer
 
 __all__ = [
+    "PAGE_TOKENS",
+    "CachePass",
+    "Chunk",
     "KVCache",
+    "KVStore",
     "Reading",
     "Routed",
     "Rule",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
 from pyper.nn.causal_attention import causal_attention
-from pyper.nn.kv_cache import KVCache
+from pyper.nn.kv_cache import CachePass
 from pyper.nn.norm import RMSNorm, rms_norm
 from pyper.nn.rope import apply_rotation
 from pyper.nn.sparse_feed_forward import Rule
@@ -23,11 +23,8 @@ class AttentionContext:
     sin: Tensor
     mask: Tensor | None
     """(B, 1, T, S), True where a query may look; None is plain causal attention."""
-    positions: Tensor | None = None
-    """(B, T), where the cache stores these tokens."""
-    cache: KVCache | None = None
-    n_keys: int = 0
-    """How much of the cache is looked at."""
+    cached: CachePass | None = None
+    """Keys and values come from and go to a cache; B is then 1, the tokens of any texts flat."""
     rule: Rule | None = None
     """How sparse feed-forwards choose; None as training or evaluation does."""
     padding: Tensor | None = None
@@ -59,9 +56,9 @@ class Attention(nn.Module):
         query_key = rearrange(query_key, "b t h k -> b h t k")
         query, key = query_key.split((self.n_heads, self.n_kv_heads), dim=1)
         value = rearrange(value, "b t (h k) -> b h t k", h=self.n_kv_heads)
-        if context.cache is not None:
-            key, value = self._through_cache(key, value, context, layer)
-        if context.mask is None:
+        if context.cached is not None:
+            mixed = context.cached.attend(layer, query, key, value)
+        elif context.mask is None:
             mixed = causal_attention(query, key, value)
         else:
             grouped = self.n_heads != self.n_kv_heads
@@ -80,18 +77,6 @@ class Attention(nn.Module):
             self.k_norm.weight.expand(self.n_kv_heads, -1),
         )
         return rms_norm(query_key, torch.cat(gains), self.q_norm.eps)
-
-    def _through_cache(
-        self, key: Tensor, value: Tensor, context: AttentionContext, layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values; return all that may be attended to."""
-        cache, positions = context.cache, context.positions
-        assert cache is not None
-        assert positions is not None
-        cache.write(layer, key, value, positions)
-        return cache.keys[layer, :, :, : context.n_keys], cache.values[
-            layer, :, :, : context.n_keys
-        ]
 
 
 def document_mask(document: Tensor) -> Tensor:

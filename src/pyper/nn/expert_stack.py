@@ -5,8 +5,6 @@ out of a pool that spans sequences, and attends among those of its tokens that b
 sequence, at their original positions. All experts run as one batch.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,7 +47,7 @@ class ExpertStack(nn.Module):
         gates = router_probs(router_logits, self.sparse.gate)  # (N, E)
         scores = (gates if self.sparse.gate == "softmax" else router_logits).detach()
         chosen, routed, capacity = self._route(scores, gates, padding, context)
-        if context.cache is not None:
+        if context.cached is not None:
             out = self._run_all(x, gates, chosen, context)
         else:
             # Thresholds let any number through: only then must a GPU be waited for.
@@ -110,24 +108,14 @@ class ExpertStack(nn.Module):
         self, x: Tensor, gates: Tensor, chosen: Tensor, context: AttentionContext
     ) -> Tensor:
         """With a cache: every expert reads every token, and what was not chosen is masked."""
-        cache, where = context.cache, context.positions
-        assert cache is not None
-        assert where is not None
-        assert cache.chosen is not None
-        B = x.shape[0]
-        by_expert = rearrange(chosen, "(b t) e -> e b t", b=B)
-        cache.write_chosen(by_expert, where)
-        keys = torch.arange(context.n_keys, device=x.device)
-        # A token that was not chosen attends to itself, so that its row is not empty; its output
-        # is dropped, and nobody else sees it.
-        visible = cache.chosen[:, :, None, : context.n_keys] | (keys == where[None, ..., None])
-        mask = visible & (keys <= where[None, ..., None])  # (E, B, T, S)
+        assert context.cached is not None
+        context.cached.write_chosen(chosen)
         start = x.expand(self.sparse.n_experts, *x.shape)
         states = start
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, StackedBlock)
-            states = layer.extend(states, replace(context, mask=mask), number)
-        weight = rearrange(gates * chosen, "(b t) e -> e b t 1", b=B).to(x.dtype)
+            states = layer.extend(states, context, number)
+        weight = rearrange(gates * chosen, "(b t) e -> e b t 1", b=x.shape[0]).to(x.dtype)
         return x + ((states - start) * weight).sum(dim=0)
 
 
@@ -168,10 +156,8 @@ class StackedBlock(nn.Module):
 
     def extend(self, x: Tensor, context: AttentionContext, number: int) -> Tensor:
         """x (E, B, T, D), the new tokens; keys and values go through the cache."""
-        cache, where, mask = context.cache, context.positions, context.mask
-        assert cache is not None
-        assert where is not None
-        assert mask is not None
+        cached = context.cached
+        assert cached is not None
         E, B = x.shape[:2]
         flat = rearrange(x, "e b t d -> e (b t) d")
         cos, sin = (
@@ -182,21 +168,11 @@ class StackedBlock(nn.Module):
             rearrange(t, "e h (b t) k -> e b h t k", b=B)
             for t in self._query_key_value(flat, cos, sin)
         ]
-        mixed = []
-        for expert in range(E):
-            layer = self.stem_layers + number * E + expert
-            query, key, value = (h[expert] for h in heads)
-            cache.write(layer, key, value, where)
-            seen = slice(0, context.n_keys)
-            mixed.append(
-                F.scaled_dot_product_attention(
-                    query,
-                    cache.keys[layer, :, :, seen],
-                    cache.values[layer, :, :, seen],
-                    attn_mask=mask[expert].unsqueeze(1),
-                    enable_gqa=self.n_heads != self.n_kv_heads,
-                )
-            )
+        first = self.stem_layers + number * E
+        mixed = [
+            cached.attend(first + expert, *(h[expert] for h in heads), expert=expert)
+            for expert in range(E)
+        ]
         flat = flat + self.out(rearrange(mixed, "e b h t k -> e (b t) (h k)"))
         flat = flat + self._feed_forward(flat)
         out: Tensor = rearrange(flat, "e (b t) d -> e b t d", b=B)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyper.config import ExpertConfig
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.feed_forward import FeedForward, activate
+from pyper.nn.kv_cache import ROW_TILE
 from pyper.nn.router_state import RouterState
 from pyper.routing.capped_choice import choose_tokens_capped
 from pyper.routing.expert_choice import (
@@ -198,7 +199,7 @@ class SparseFeedForward(nn.Module):
 
     def _one_expert(self, expert: int, rows: Tensor) -> Tensor:
         # Products of many different sizes are slow on a CPU: a kernel is built for each size.
-        fill = -len(rows) % _ROWS if len(rows) > _ROWS else 0
+        fill = -len(rows) % (_ROWS if len(rows) > _ROWS else ROW_TILE)
         padded = F.pad(rows, (0, 0, 0, fill)) if fill else rows
         hidden = activate(self.up.of_expert(expert, padded), self.activation)
         return self.down.of_expert(expert, hidden)[: len(rows)]

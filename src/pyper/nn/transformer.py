@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
@@ -12,7 +13,7 @@ from pyper.nn.attention import AttentionContext, document_mask
 from pyper.nn.block import Block
 from pyper.nn.documents import document_ids, positions
 from pyper.nn.expert_stack import ExpertStack
-from pyper.nn.kv_cache import KVCache
+from pyper.nn.kv_cache import CachePass, KVCache
 from pyper.nn.norm import RMSNorm
 from pyper.nn.rope import rotation
 from pyper.nn.router_state import RouterState
@@ -80,7 +81,8 @@ class Transformer(nn.Module):
             bos_id = self.config.bos_id
             cos, sin = self._rotation(positions(tokens, bos_id))
             mask = document_mask(document_ids(tokens, bos_id))
-        return self._run(tokens, AttentionContext(cos, sin, mask, rule=rule, padding=padding))
+        context = AttentionContext(cos, sin, mask, rule=rule, padding=padding)
+        return self._run(self.embedding(tokens), context)
 
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
@@ -106,27 +108,35 @@ class Transformer(nn.Module):
         The cache grows by `n_new`. What it holds counts as one document. Raises PromptError when
         it is too small.
         """
-        T = tokens.shape[1]
-        longest = int((cache.lengths + (T if n_new is None else n_new)).max())
+        B, T = tokens.shape
+        n_new = torch.full((B,), T) if n_new is None else n_new.cpu()
+        longest = int((cache.lengths + n_new).max())
         self._check_length(longest)
         if longest > cache.capacity:
             raise PromptError(
                 f"the cache holds {cache.capacity} tokens, {longest} are needed",
                 hint="allocate a larger one",
             )
-        where = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
-        where = where.clamp(max=cache.capacity)
-        n_keys = min(int(cache.lengths.max()) + T, cache.capacity + 1)
-        keys = torch.arange(n_keys, device=tokens.device)
-        mask = (keys <= where[..., None])[:, None]
-        cos, sin = self._rotation(where)
-        context = AttentionContext(cos, sin, mask, where, cache, n_keys)
-        states = self._run(tokens, context).states
-        cache.lengths = cache.lengths + (T if n_new is None else n_new)
+        real = (torch.arange(T) < n_new[:, None]).to(tokens.device)
+        states = tokens.new_zeros(B, T, self.config.d_model, dtype=self.dtype)
+        if n_new.any():
+            states[real] = self.read_cached(tokens[real], cache.plan(n_new))
+        cache.lengths = cache.lengths + n_new
         return states
 
-    def _run(self, tokens: Tensor, context: AttentionContext) -> Reading:
-        x, routed = self.embedding(tokens), []
+    def read_cached(self, tokens: Tensor, cached: CachePass) -> Tensor:
+        """Final states (n, D) of the n tokens (n,) that the pass was planned for.
+
+        They are read in whole tiles, so that a token's states do not depend on the others'.
+        """
+        n = len(tokens)
+        x = F.pad(self.embedding(tokens), (0, 0, 0, len(cached.positions) - n))
+        cos, sin = self._rotation(cached.positions)
+        context = AttentionContext(cos, sin, None, cached, padding=cached.padding)
+        return self._run(x[None], context).states[0, :n]
+
+    def _run(self, x: Tensor, context: AttentionContext) -> Reading:
+        routed = []
         for layer, block in enumerate(self.blocks):
             x, layer_routed = block(x, context, layer)
             if layer_routed is not None:
