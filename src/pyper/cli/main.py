@@ -16,6 +16,7 @@ from pyper.cli import (
     mix,
     prepare,
     quickstart,
+    serve,
     train,
 )
 from pyper.cli.output import report_error
@@ -40,6 +41,7 @@ for command in (
     merge.merge,
     evaluate.evaluate,
     generate.generate,
+    serve.serve,
     inspect.inspect,
 ):
     app.command()(command)

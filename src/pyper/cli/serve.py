@@ -1,0 +1,80 @@
+"""`pyper serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyper.cli.output import stdout
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="A run folder or a mixture.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in the API (default: the folder's).")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the key clients must send.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="The key itself, which others can see in `ps`; or set PYPER_API_KEY."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name by which clients know this server. Repeatable."),
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Sequences written side by side.")] = 64,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Sequences that may wait; one more is answered 429.")
+    ] = 64,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of keys and values kept per expert.")
+    ] = None,
+    resident: Annotated[
+        int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
+    ] = None,
+    mixing: Annotated[
+        str | None, typer.Option(help="posterior, top1 or window instead of the saved mode.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")
+    ] = None,
+    shutdown_seconds: Annotated[
+        float, typer.Option(min=0, help="Time for running requests once it is told to stop.")
+    ] = 30,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface, with a page to chat at `/`.
+
+    Example: `pyper serve runs/quickstart --port 8000`
+    """
+    from pyper.generate import EngineLimits
+    from pyper.serve.settings import Limits, ServeSettings
+    from pyper.stages.serve import name_of, read_key, serve_model
+
+    settings = ServeSettings(
+        name=name or name_of(model),
+        host=host,
+        port=port,
+        api_key=read_key(api_key_file, api_key),
+        allowed_hosts=tuple(allow_host or ()),
+        limits=Limits(queue=queue, shutdown_seconds=shutdown_seconds),
+    )
+    limits = EngineLimits(max_running=max_running)
+    if cache_tokens is not None:
+        limits = EngineLimits(max_running=max_running, cache_tokens=cache_tokens)
+    serve_model(
+        model,
+        settings,
+        limits,
+        stdout(),
+        mixing=mixing,
+        resident=resident,
+        device=device,
+        chat_template=chat_template,
+    )

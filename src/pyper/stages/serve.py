@@ -1,0 +1,82 @@
+"""Open a saved model and serve it."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from pyper.errors import ConfigError, MissingExtraError
+from pyper.generate import EngineLimits
+from pyper.mixture import find_mixture
+from pyper.serve.chat_template import ChatTemplate, find_template
+from pyper.serve.settings import ServeSettings
+from pyper.stages.write import open_model
+
+KEY_VARIABLE = "PYPER_API_KEY"
+
+
+def serve_model(
+    path: Path,
+    settings: ServeSettings,
+    engine_limits: EngineLimits,
+    console: Console,
+    *,
+    mixing: str | None,
+    resident: int | None,
+    device: str,
+    chat_template: Path | None,
+) -> None:
+    """Answer requests until a signal comes.
+
+    Raises MissingExtraError without the extra `serve`, ConfigError, CheckpointError.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra="serve", needed_for="`pyper serve`")
+    from pyper.serve.server import listen, run_server, url_of
+
+    listening = listen(settings)
+    model = open_model(path, expert=None, mixing=mixing, resident=resident, device=device)
+    template = ChatTemplate(_template_source(path, chat_template))
+    n = len(model.names)
+    console.print(
+        f"{settings.name}: {n} expert{'s' * (n != 1)}, context {model.mixture.settings.seq_len:,}. "
+        f"Listening on {url_of(listening)} (Ctrl-C stops)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    run_server(model.mixture, model.tokenizer, template, settings, engine_limits, listening)
+
+
+def name_of(path: Path) -> str:
+    """What the model is called in the API: the run, or the mixture's own folder."""
+    folder = path.resolve()
+    name = folder.parent.name if folder.name == "mixture" else folder.name
+    return name or "model"
+
+
+def read_key(file: Path | None, given: str | None) -> str | None:
+    """The key of `--api-key-file`, of `--api-key`, or of PYPER_API_KEY. Raises ConfigError."""
+    if file is None:
+        return given or os.environ.get(KEY_VARIABLE) or None
+    if given:
+        raise ConfigError(
+            "there are two API keys", hint="give `--api-key-file` or `--api-key`, not both"
+        )
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the API key from {file}: {error}") from None
+    if not key:
+        raise ConfigError(f"{file} is empty", hint="write the API key into it")
+    return key
+
+
+def _template_source(path: Path, file: Path | None) -> str | None:
+    if file is None:
+        return find_template(find_mixture(path))
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the chat template {file}: {error}") from None
