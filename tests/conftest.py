@@ -1,6 +1,7 @@
 """What the tests of training, stages and the command line share: a small data folder."""
 
 import io
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+
+# Triton looks once, when it is imported: without a GPU its interpreter runs the kernels.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from pyper.config import PrepareConfig, RunConfig, parse_run
 from pyper.config.load import apply_override

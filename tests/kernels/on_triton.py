@@ -1,0 +1,105 @@
+"""Kernels where there is no GPU: Triton's interpreter runs them on CPU tensors, line by line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyper.kernels import launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def runnable() -> str:
+    """Why kernels cannot run here; empty where they can."""
+    if not launch.HAS_TRITON:
+        return "Triton is not installed"
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU, and TRITON_INTERPRET is not 1"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(bool(runnable()), reason=runnable())
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """What is called inside runs as kernels, interpreted where there is no GPU."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def takes(x: Tensor) -> bool:
+        return x.dtype in (torch.bfloat16, torch.float32, torch.int64)
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain_dot(builder, _as_float32(a), _as_float32(b), *rest)
+
+    with (
+        mock.patch.object(launch, "runs_triton", takes),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
+        np.errstate(over="ignore"),  # exp of much is infinite; a GPU does not warn of it
+    ):
+        yield
+
+
+def _as_float32(handle: Any) -> Any:
+    """The interpreter (3.6) keeps bf16 as its bits, and multiplies those as integers."""
+    from triton import language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN (or the largest integer), so that what is not written shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy that collects gradients."""
+    return x.detach().to(dtype or x.dtype).clone().requires_grad_()
+
+
+def error(value: Tensor | None, reference: Tensor | None) -> float:
+    """‖value − reference‖ / ‖reference‖; NaN stays NaN."""
+    assert value is not None
+    assert reference is not None
+    assert value.shape == reference.shape
+    reference = reference.detach().double()
+    size = reference.norm().item() or 1.0
+    return (value.detach().double() - reference).norm().item() / size
+
+
+def limit(dtype: torch.dtype) -> float:
+    """What rounding may do: inputs in bf16 keep 8 bits, sums in float32 24."""
+    return 8e-3 if dtype == torch.bfloat16 else 5e-6
+
+
+def random_index(n_tokens: int, n_experts: int, capacity: int, seed: int = 0) -> Tensor:
+    """(E, C), each row different tokens in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(n_tokens, generator=generator)[:capacity] for _ in range(n_experts)]
+    return torch.stack(rows).to(DEVICE)
