@@ -10,7 +10,6 @@ from nn.small_experts import small_expert, text_of
 from pyper.config import SparseConfig
 from pyper.errors import ConfigError, DataError
 from pyper.merge import (
-    calibrate_thresholds,
     fit_router_means,
     fit_router_ridge,
     init_router_random,
@@ -114,7 +113,7 @@ def test_calibrated_thresholds_give_each_expert_its_capacity(
     with torch.no_grad():
         before = [routing_summary(r.statistics) for r in merged.read(tokens).routed]
         assert all(s["experts_per_token"] == 3 for s in before)
-        calibrate_thresholds(merged, samples)
+        merged.calibrate_thresholds(tokens)
         capacity = int(capacity_factor * tokens.numel() / 3)
         for routed in merged.read(tokens).routed:
             load = routed.statistics.expert_load
@@ -124,10 +123,10 @@ def test_calibrated_thresholds_give_each_expert_its_capacity(
 def test_calibrating_twice_is_calibrating_once() -> None:
     merged = merge_experts(branches(), SparseConfig(n_experts=3))
     randomize_routers(merged)
-    calibrate_thresholds(merged, [text_of(8, 24, seed=3)])
-    calibrate_thresholds(merged, [text_of(8, 24)])
+    merged.calibrate_thresholds(text_of(8, 24, seed=3))
+    merged.calibrate_thresholds(text_of(8, 24))
     once = [block.feed_forward.state.threshold for block in merged.blocks]
-    calibrate_thresholds(merged, [text_of(8, 24)])
+    merged.calibrate_thresholds(text_of(8, 24))
     for block, threshold in zip(merged.blocks, once, strict=True):
         assert torch.equal(block.feed_forward.state.threshold, threshold)
 
@@ -135,7 +134,7 @@ def test_calibrating_twice_is_calibrating_once() -> None:
 def test_token_choice_has_nothing_to_calibrate() -> None:
     merged = merge_experts(branches())
     before = {n: t.clone() for n, t in merged.state_dict().items()}
-    calibrate_thresholds(merged, [text_of(4, 24)])
+    merged.calibrate_thresholds(text_of(4, 24))
     assert all(torch.equal(t, before[n]) for n, t in merged.state_dict().items())
 
 
@@ -162,8 +161,6 @@ def test_samples_that_do_not_fit_are_refused() -> None:
         fit_router_ridge(merged, domains(2))
     with pytest.raises(DataError, match="one length"):
         fit_router_ridge(merged, [*domains()[:2], text_of(3, 9)])
-    with pytest.raises(DataError, match="one length"):
-        calibrate_thresholds(merged, [])
 
 
 @pytest.mark.parametrize("wrong", [{"ridge": 0.0}, {"top_gate": 0.2}, {"top_gate": 1.0}])

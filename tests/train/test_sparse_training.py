@@ -18,6 +18,7 @@ from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.nn import Transformer
 from pyper.routing import load_balancing_loss, router_probs, router_z_loss
 from pyper.train import LossSum, TrainingData, next_token_loss, train_expert
+from pyper.train.loop import _calibration_pool
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.step import train_step
 
@@ -230,3 +231,13 @@ def test_bf16_training_keeps_thresholds_in_float32(
     total = saved["blocks.0.feed_forward.state.threshold_total"]
     assert total.dtype == torch.float32
     assert not torch.equal(total, total.bfloat16().float())
+
+
+def test_saved_thresholds_fit_the_weights_they_are_saved_with(
+    training_data: TrainingData, tmp_path: Path
+) -> None:
+    model = sparse_model("expert_choice")
+    trained = run(model, training_data, tmp_path / "run", new_config())
+    model.calibrate_thresholds(_calibration_pool(training_data))
+    for name, tensor in weights_of(model).items():
+        assert torch.equal(tensor, trained[name]), name

@@ -11,7 +11,6 @@ from pyper.merge.routers import (
     ridge_solution,
 )
 from pyper.merge.sparse_model import merge_experts, merged_sparse_config, upcycle
-from pyper.merge.thresholds import calibrate_thresholds
 
 __all__ = [
     "Loss",
@@ -19,7 +18,6 @@ __all__ = [
     "average_weights",
     "barrier",
     "barriers",
-    "calibrate_thresholds",
     "check_common_seed",
     "check_mergeable",
     "fit_router_means",

@@ -48,8 +48,8 @@ def fit_router_ridge(
     samples: one token tensor (n, T) of each expert's own domain, in the order of the experts, best
     of equal numbers of tokens and of more tokens together than the model is wide. Layers are
     fitted front to back, each on what it reads when all layers before it route; thresholds are
-    calibrated along the way, as by `calibrate_thresholds`. Attentions that are mixed, but fewer
-    than the experts (after `add_expert`), are left as they are.
+    calibrated along the way, as by `Transformer.calibrate_thresholds`. Attentions that are mixed,
+    but fewer than the experts (after `add_expert`), are left as they are.
 
     normalize_rows: give all rows of a layer one length first. Without an intercept the lengths are
     part of the fit: on made-up domains in random models up to 7 in 100 tokens more went to a wrong

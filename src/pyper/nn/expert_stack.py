@@ -18,7 +18,13 @@ from pyper.nn.norm import rms_norm
 from pyper.nn.rope import apply_rotation
 from pyper.nn.router_state import RouterState
 from pyper.nn.sparse_feed_forward import Routed
-from pyper.routing.expert_choice import as_mask, capacity_of, choose_tokens, router_probs
+from pyper.routing.expert_choice import (
+    TokenChoice,
+    as_mask,
+    capacity_of,
+    choose_tokens,
+    router_probs,
+)
 from pyper.routing.layer_statistics import layer_statistics
 from pyper.routing.thresholds import above_threshold
 
@@ -46,6 +52,9 @@ class ExpertStack(nn.Module):
         router_logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
         gates = router_probs(router_logits, self.sparse.gate)  # (N, E)
         scores = (gates if self.sparse.gate == "softmax" else router_logits).detach()
+        if context.rule == "calibrate":  # there is one router: nobody reads what comes after it
+            self.state.set_threshold(self._choose(scores, padding).kth_score)
+            return x, Routed(layer_statistics(torch.zeros_like(scores).bool(), gates))
         chosen, routed, capacity = self._route(scores, gates, padding, context)
         if context.cached is not None:
             out = self._run_all(x, gates, chosen, context)
@@ -59,14 +68,12 @@ class ExpertStack(nn.Module):
         self, scores: Tensor, gates: Tensor, padding: Tensor | None, context: AttentionContext
     ) -> tuple[Tensor, Routed, int | None]:
         """Chosen (N, E), what to say of it, and the tokens per expert where all have as many."""
-        passing = above_threshold(scores, self.state.threshold, padding)
         rule = context.rule or self.state.rule(self.training)
         assert rule != "per_sequence", "the control of the sparse layers has no twin here"
+        passing = above_threshold(scores, self.state.threshold, padding)
         if rule == "threshold" and not self.training:
             return passing, Routed(layer_statistics(passing, gates, padding=padding)), None
-        n_real = len(scores) if padding is None else int((~padding).sum())
-        capacity = capacity_of(n_real, self.sparse.n_experts, self.sparse.capacity_factor)
-        choice = choose_tokens(scores, capacity, padding)
+        choice = self._choose(scores, padding)
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
         gap = self.state.threshold_gap(choice.kth_score)
@@ -75,7 +82,13 @@ class ExpertStack(nn.Module):
         statistics = layer_statistics(
             chosen, gates, other=other, threshold_gap=gap, padding=padding
         )
-        return chosen, Routed(statistics), None if rule == "threshold" else capacity
+        capacity = None if rule == "threshold" else choice.token_index.shape[1]
+        return chosen, Routed(statistics), capacity
+
+    def _choose(self, scores: Tensor, padding: Tensor | None) -> TokenChoice:
+        n_real = len(scores) if padding is None else int((~padding).sum())
+        capacity = capacity_of(n_real, self.sparse.n_experts, self.sparse.capacity_factor)
+        return choose_tokens(scores, capacity, padding)
 
     def _run_chosen(
         self, x: Tensor, gates: Tensor, chosen: Tensor, longest: int, context: AttentionContext

@@ -66,6 +66,13 @@ class RouterState(nn.Module):
         """The k-th scores (E,) of one micro-batch."""
         self._kth_scores.append(kth_score.detach())
 
+    @torch.no_grad()
+    def set_threshold(self, threshold: Tensor) -> None:
+        """Put thresholds (E,) in the place of the moving average, which goes on from there."""
+        self.threshold_updates.clamp_(min=1)
+        at_one = ThresholdAverage(torch.ones_like(self.threshold_total), self.threshold_updates)
+        self.threshold_total.copy_(threshold / at_one.value(self.sparse.threshold_decay))
+
     def observe_load(self, chosen: Tensor, scores: Tensor) -> Tensor:
         """The choices and scores (N, E) of one micro-batch; the experts' shares so far (E,)."""
         load = chosen.sum(dim=0)

@@ -28,10 +28,11 @@ from pyper.routing.token_choice import choose_experts, load_balancing_loss, rout
 # Rows per expert are rounded up to a multiple of this.
 _ROWS = 128
 
-Rule = Literal["expert_choice", "per_sequence", "threshold"]
+Rule = Literal["expert_choice", "per_sequence", "threshold", "calibrate"]
 """How tokens are chosen. `expert_choice` pools all tokens of the batch; `per_sequence` each
 sequence on its own: it leaks the future, and is the negative control of the tests. Neither is
-causal. Ignored by token choice, which always is."""
+causal. `calibrate` first sets the thresholds to the k-th scores of this pool, then goes by them.
+Ignored by token choice, which always is causal."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class SparseFeedForward(nn.Module):
                 layer_statistics(passing, gates, padding=padding)
             )
         choice = self._choose(scores, padding, n_rows if rule == "per_sequence" else 1)
+        if rule == "calibrate":
+            self.state.set_threshold(choice.kth_score)
+            return self._by_experts(tokens, router_logits, gates, "threshold", padding, n_rows)
         chosen = as_mask(choice.token_index, len(tokens))
         gap = self.state.threshold_gap(choice.kth_score)
         if self.training:

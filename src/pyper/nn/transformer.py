@@ -94,6 +94,26 @@ class Transformer(nn.Module):
         for state in self._router_states():
             state.end_step()
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether experts choose tokens, so that thresholds decide after training."""
+        return any(state.sparse.is_expert_choice for state in self._router_states())
+
+    @torch.no_grad()
+    def calibrate_thresholds(self, tokens: Tensor) -> None:
+        """Set all thresholds to the k-th scores of one pool, tokens (B, T), front to back.
+
+        They fit the weights as they are, and a pool as large as memory allows; the moving average
+        of training is of past weights, and of smaller pools, whose mean k-th score lies too high.
+        Later layers read what the layers before them let through by then. The pool should hold text
+        in the proportions in which it will come, 8 k tokens at least: C − 1 of them pass (the k-th
+        itself does not). Raises DataError where it gives an expert no token.
+        """
+        was_training = self.training
+        self.eval()
+        self.read(tokens, rule="calibrate")
+        self.train(was_training)
+
     def has_fixed_shapes(self) -> bool:
         """Whether a training pass now launches the same kernels whatever the tokens are."""
         return all(state.has_fixed_shapes(self.dtype) for state in self._router_states())

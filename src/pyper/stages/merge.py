@@ -18,7 +18,6 @@ from pyper.evaluate import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.merge import (
     add_expert,
     average_weights,
-    calibrate_thresholds,
     check_common_seed,
     fit_router_means,
     fit_router_ridge,
@@ -74,7 +73,7 @@ def merge_run(run_file: Path, output: Path, plan: MergePlan, console: Console) -
         if plan.upcycle:
             dense = load_trained(context.folder.control, context.device)
             model = upcycle(dense, plan.sparse, plan.noise_std, context.run.run.random_seed)
-            calibrate_thresholds(model, [_windows(context.data.documents("train"), context)])
+            model.calibrate_thresholds(_windows(context.data.documents("train"), context))
             result["before"] = {"control": loss(dense)}
         else:
             experts = _experts(context)
@@ -134,7 +133,7 @@ def _fit(model: Transformer, context: Context, router: Router) -> dict[str, floa
     ]
     if router == "random":
         init_router_random(model, context.run.run.random_seed)
-        calibrate_thresholds(model, samples)
+        model.calibrate_thresholds(torch.cat(samples))
         return {}
     return (fit_router_ridge if router == "ridge" else fit_router_means)(model, samples)
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyper.checkpoint import CheckpointStore, folder_lock
 from pyper.config import TrackConfig, TrainConfig
-from pyper.data import Batch, Loader
+from pyper.data import Batch, Loader, Packing
 from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.mixture.expert_folder import load_tensors_into
@@ -27,6 +30,9 @@ from pyper.train.state import TrainState, restore, save
 from pyper.train.step import StepResult, explain_out_of_memory
 from pyper.train.throughput import Throughput
 from pyper.train.training_data import TrainingData
+
+# Thresholds are set anew, from as many tokens, before each validation.
+_CALIBRATION_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class _Trainer:
         self.held_out: list[HeldOut] = held_out_windows(
             data.valid, data.seq_len, config.eval_tokens
         )
+        self.calibration = _calibration_pool(data) if model.has_thresholds else None
         loader = Loader(
             data.train,
             seq_len=data.seq_len,
@@ -235,6 +242,8 @@ class _Trainer:
 
     def _validate(self, sinks: list[Sink]) -> bool:
         """Log validation by domain; True when it is the best so far."""
+        if self.calibration is not None:
+            self.model.calibrate_thresholds(self.calibration.to(self.model.device))
         if not self.held_out:
             return True
         self.model.eval()
@@ -274,6 +283,13 @@ class _Trainer:
         )
         self.progress.finish(result.name, result.steps, result.loss)
         return result
+
+
+def _calibration_pool(data: TrainingData) -> Tensor:
+    """Windows (B, T) of training text: the same in a run that was stopped and resumed."""
+    packing = Packing(data.train, seq_len=data.seq_len, random_seed=0, epoch=0, shuffle=True)
+    n_windows = min(packing.n_sequences, max(1, _CALIBRATION_TOKENS // data.seq_len))
+    return torch.from_numpy(packing.sequences(range(n_windows))[:, :-1].copy())
 
 
 def _routing_record(layers: Sequence[LayerStatistics]) -> dict[str, Any]:
