@@ -1,5 +1,6 @@
 """A real `pyper serve` on a small mixture, in a process of its own."""
 
+import json
 import os
 import re
 import signal
@@ -11,16 +12,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the tests' folder, as pytest has it
+    sys.path[0] = str(Path(__file__).parents[1])
+
 import httpx
+from rich.console import Console
 
 from mixture.small_mixtures import NAMES, small_counts, small_experts, small_settings
 from pyper.checkpoint import write_folder_atomically, write_tensors
 from pyper.data import TextTokenizer
+from pyper.generate import EngineLimits
 from pyper.mixture import ExpertSource, save_mixture
 from pyper.mixture.expert_folder import model_tensors
+from pyper.serve.settings import Limits, ServeSettings
+from pyper.stages.serve import serve_model
 
 CONTEXT = 2048
 KEY = "a-key-of-the-tests"
@@ -71,11 +80,25 @@ class Server:
     def connect(self, *, timeout: float = 15) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
 
+    @cached_property
+    def client(self) -> httpx.Client:
+        # Connections are not kept: the server may close an idle one at any moment.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(
+            base_url=self.url, trust_env=False, verify=False, limits=limits, timeout=30
+        )
+
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        return self.client.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=10, **options)
+        return self.client.get(path, **options)
+
+    def metric(self, name: str) -> float:
+        """A value of /metrics, by its name and labels as they are printed."""
+        lines = self.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(f"{name} ")]
+        return float(found[0].split()[-1]) if found else 0.0
 
     def health(self) -> dict[str, Any]:
         health: dict[str, Any] = self.get("/health").json()
@@ -94,17 +117,28 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *options: object, **variables: str) -> Iterator[Server]:
-    """`pyper serve MODEL` on a free port; killed at the end if it is still there."""
+def serving(
+    model: Path,
+    *options: object,
+    limits: dict[str, float] | None = None,
+    api_key: str | None = None,
+    max_running: int = 64,
+    **variables: str,
+) -> Iterator[Server]:
+    """`pyper serve MODEL` on a free port; killed at the end if it is still there.
+
+    `limits` are not on the command line: with them, the same function is called without it.
+    """
+    command = ["-m", "pyper.cli.main", "serve", str(model), "--port", "0", *map(str, options)]
+    if limits is not None:
+        values = {"model": str(model), "limits": limits, "key": api_key, "running": max_running}
+        command = [__file__, json.dumps(values)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyper.cli.main", "serve", str(model), "--port", "0"]
-        + [str(option) for option in options],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ
-        | {"PYPER_API_KEY": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        | variables,
+        env=os.environ | _CLEAN | variables,
     )
     try:
         yield _when_ready(process)
@@ -130,3 +164,21 @@ def _keep_reading(process: "subprocess.Popen[str]", printed: list[str]) -> None:
     assert process.stdout is not None
     with suppress(ValueError):  # closed at the end of the test
         printed.extend(process.stdout)
+
+
+def _serve_with_limits(model: str, limits: dict[str, Any], key: str | None, running: int) -> None:
+    settings = ServeSettings(name="tiny", port=0, api_key=key, limits=Limits(**limits))
+    serve_model(
+        Path(model),
+        settings,
+        EngineLimits(max_running=running),
+        Console(width=200),
+        mixing=None,
+        resident=None,
+        device="cpu",
+        chat_template=None,
+    )
+
+
+if __name__ == "__main__":
+    _serve_with_limits(**json.loads(sys.argv[1]))

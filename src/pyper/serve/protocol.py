@@ -20,9 +20,6 @@ from pyper.serve.settings import Limits
 
 _SEND_BUFFER = 256 << 10
 """Bytes the system holds for a client; by default 4 MB would hide that nobody reads."""
-_LINGER_SECONDS = 5.0
-"""A client still sends what was refused: closing at once would reset the connection, and take the
-answer with it."""
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _LENGTH = re.compile(rb"^content-length[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
@@ -148,7 +145,9 @@ class LimitedProtocol(H11Protocol):
         self._lingering = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._discard_timer = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
+        self._discard_timer = self.loop.call_later(
+            self._limits.linger_seconds, self.transport.abort
+        )
 
     # Answers
 
@@ -174,7 +173,9 @@ class LimitedProtocol(H11Protocol):
         """An answer was written, though perhaps neither read nor its request's body received."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY and not self._lingering:
-            self._discard_timer = self.loop.call_later(_LINGER_SECONDS, self._body_goes_on)
+            self._discard_timer = self.loop.call_later(
+                self._limits.linger_seconds, self._body_goes_on
+            )
         if self.transport.get_write_buffer_size() > 0:
             self.loop.call_later(self._limits.stall_seconds, self._answer_was_read)
 

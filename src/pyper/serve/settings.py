@@ -16,6 +16,9 @@ class Limits:
     body_seconds: float = 30
     stall_seconds: float = 30
     """A client that does not read for this long is dropped."""
+    linger_seconds: float = 5
+    """A client still sends what was refused: closing at once would reset the connection, and take
+    the answer with it."""
     keep_alive_seconds: int = 5
     shutdown_seconds: float = 30
     """Running requests may take this long once the server was told to stop."""
