@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixture.small_mixtures import MODES, ROUTERS, Shelf, small_mixture
 from nn.small_experts import BOS, text_of
-from pyper.generate.decoding import MixtureDecoder
+from pyper.generate.mixture_reader import MixtureReader
 from pyper.mixture import Mixture
 
 LENGTH = 17
@@ -22,27 +22,51 @@ def texts(n: int, length: int = LENGTH) -> Tensor:
 
 
 def decode(
-    mixture: Mixture, tokens: Tensor, starts: list[int], ends: list[int] | None = None
+    mixture: Mixture,
+    tokens: Tensor,
+    starts: list[int],
+    ends: list[int] | None = None,
+    prefill_chunk: int = 512,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Give the texts (B, T) token by token from `starts` to `ends`: what is predicted of each.
 
     Rows (R,), their lengths (R,), log-probabilities (R, V) and weights (R, E) of every step.
     """
-    prompts = [row[:start].tolist() for row, start in zip(tokens, starts, strict=True)]
-    decoder = MixtureDecoder(mixture, prompts, tokens.shape[1])
-    stop = torch.tensor(ends or [tokens.shape[1]] * len(tokens))
-    while len(rows := torch.nonzero(decoder.lengths < stop).flatten()):
-        lengths = decoder.lengths[rows]
-        yield rows, lengths, *decoder.next_log_probs(rows)
-        decoder.append(rows, tokens[rows, lengths])
+    reader = MixtureReader(mixture, cache_tokens=4096, prefill_chunk=prefill_chunk)
+    texts = [
+        reader.open(row[:start].tolist(), tokens.shape[1])
+        for row, start in zip(tokens, starts, strict=True)
+    ]
+    stop = ends or [tokens.shape[1]] * len(tokens)
+    while True:
+        for text, end in zip(texts, stop, strict=True):
+            if len(text.tokens) == end:
+                reader.close(text)
+        running = [t for t, end in zip(texts, stop, strict=True) if len(t.tokens) < end]
+        if not running:
+            assert reader.pool.n_used == 0
+            return
+        for said in reader.predict(reader.advance(running)):
+            rows = [next(i for i, t in enumerate(texts) if t is text) for text in said.texts]
+            lengths = [len(text.tokens) for text in said.texts]
+            weights = torch.stack([text.log_weights for text in said.texts]).exp()
+            yield torch.tensor(rows), torch.tensor(lengths), said.log_probs, weights
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                token = int(tokens[row, length])
+                scores = said.per_expert[i, :, token].tolist()
+                reader.append(texts[row], token, said.experts[i], scores)
 
 
 def assert_decoding_equals_scoring(
-    mixture: Mixture, tokens: Tensor, starts: list[int], ends: list[int] | None = None
+    mixture: Mixture,
+    tokens: Tensor,
+    starts: list[int],
+    ends: list[int] | None = None,
+    prefill_chunk: int = 512,
 ) -> None:
     scored, weights = mixture.log_probs(tokens), mixture.log_weights(tokens).exp()
     n_steps = 0
-    for rows, lengths, log_probs, used in decode(mixture, tokens, starts, ends):
+    for rows, lengths, log_probs, used in decode(mixture, tokens, starts, ends, prefill_chunk):
         expected = scored[rows, lengths - 1]
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(used, weights[rows, lengths - 1], atol=1e-5, rtol=1e-5)
@@ -62,6 +86,13 @@ def test_decoding_equals_scoring(mode: dict[str, Any], router: str) -> None:
 def test_finished_rows_do_not_disturb_the_others(mode: dict[str, Any], router: str) -> None:
     mixture = small_mixture(router, **mode)
     assert_decoding_equals_scoring(mixture, texts(4), [3, 9, 1, 14], [LENGTH, 10, 12, 16])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_prompts_read_in_small_parts_give_the_same(mode: dict[str, Any], router: str) -> None:
+    mixture = small_mixture(router, **mode)
+    assert_decoding_equals_scoring(mixture, texts(4), [1, 5, 8, 14], prefill_chunk=3)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -140,16 +171,16 @@ def test_pruned_experts_stop_for_good() -> None:
     posterior = unpruned.log_weights(tokens).exp()
     said = torch.stack([unpruned.expert(e)(tokens).softmax(-1) for e in range(4)], dim=-2)
     live = torch.ones(3, 4)
-    for _, lengths, log_probs, weights in decode(
+    for rows, lengths, log_probs, weights in decode(
         shelf.mixture(prune=0.02, top_k=4, temperature=0.5), tokens, [1, 1, 1]
     ):
-        t = int(lengths[0]) - 1
-        among_live = live * posterior[:, t]
-        live *= among_live / among_live.sum(-1, keepdim=True) >= 0.02
-        expected = live * posterior[:, t]
+        now = posterior[rows, lengths - 1]
+        among_live = live[rows] * now
+        live[rows] *= among_live / among_live.sum(-1, keepdim=True) >= 0.02
+        expected = live[rows] * now
         expected /= expected.sum(-1, keepdim=True)
         torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-5)
-        mixed = (expected[..., None] * said[:, t]).sum(-2)
+        mixed = (expected[..., None] * said[rows, lengths - 1]).sum(-2)
         torch.testing.assert_close(log_probs.exp(), mixed, atol=1e-5, rtol=1e-5)
     assert live.any(dim=-1).all()
     assert (live == 0).any(dim=-1).sum() >= 2

@@ -3,7 +3,7 @@
 from pyper.generate.batch_engine import BatchEngine
 from pyper.generate.engine import Completion, Piece, complete, encode_prompt, stream
 from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
-from pyper.generate.sampling import SamplingConfig, filtered_probs, next_token
+from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw, filtered_probs
 from pyper.generate.text import TextStream
 
 __all__ = [
@@ -15,11 +15,12 @@ __all__ = [
     "FinishReason",
     "Piece",
     "Request",
+    "SamplingBatch",
     "SamplingConfig",
     "TextStream",
     "complete",
+    "draw",
     "encode_prompt",
     "filtered_probs",
-    "next_token",
     "stream",
 ]

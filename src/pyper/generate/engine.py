@@ -1,17 +1,15 @@
-"""Write text from one expert or a mixture."""
+"""Write text from one expert or a mixture: the engine for a fixed list of prompts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
-from pyper.generate.decoding import MixtureDecoder
-from pyper.generate.request import FinishReason
-from pyper.generate.sampling import SamplingConfig, next_token
-from pyper.generate.text import TextStream
+from pyper.generate.batch_engine import BatchEngine
+from pyper.generate.request import EngineLimits, FinishReason, Request
+from pyper.generate.sampling import SamplingConfig
 from pyper.mixture import Mixture
+from pyper.nn import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ def encode_prompt(tokenizer: TextTokenizer, prompt: str, context: int) -> list[i
     return tokens
 
 
-@torch.no_grad()
 def stream(
     mixture: Mixture, tokenizer: TextTokenizer, prompts: Sequence[str], config: SamplingConfig
 ) -> Iterator[Piece]:
@@ -69,45 +66,30 @@ def stream(
         raise PromptError("there is no prompt", hint='pass one, `""` begins a document')
     context = mixture.settings.seq_len
     encoded = [encode_prompt(tokenizer, prompt, context) for prompt in prompts]
-    limits = [min(len(p) + config.max_new_tokens, context) for p in encoded]
-    decoder = MixtureDecoder(mixture, encoded, max(limits))
-    texts = [TextStream(tokenizer, config.stop) for _ in prompts]
-    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
-    rows = torch.arange(len(prompts))
-    while len(rows):
-        log_probs, weights = decoder.next_log_probs(rows)
-        drawn, going = [], []
-        for i, row in enumerate(rows.tolist()):
-            seen = decoder.tokens[row, : decoder.lengths[row]]
-            token = next_token(log_probs[i], seen, config, generators[row])
-            at_limit = int(decoder.lengths[row]) + 1 >= limits[row]
-            piece = _make_piece(row, token, texts[row], weights[i], tokenizer.bos_id, at_limit)
-            yield piece
-            drawn.append(token)
-            going.append(piece.finished is None)
-        keep = torch.tensor(going)
-        decoder.append(rows[keep], torch.tensor(drawn)[keep])
-        rows = rows[keep]
+    engine = BatchEngine(mixture, tokenizer, _room_for(mixture, encoded, config))
+    row_of = {
+        engine.submit(Request(tuple(prompt), replace(config, seed=config.seed + row))): row
+        for row, prompt in enumerate(encoded)
+    }
+    while not engine.idle:
+        for event in engine.step():
+            yield Piece(
+                row_of[event.request_id],
+                event.token,
+                event.text,
+                event.expert,
+                event.weights,
+                event.finished,
+            )
 
 
-def _make_piece(
-    row: int, token: int, text: TextStream, weights: torch.Tensor, bos_id: int, at_limit: bool
-) -> Piece:
-    """One token as text, and whether it ends the row: a new document, a stop string, the limit."""
-    finished: FinishReason | None = None
-    shown = ""
-    if token == bos_id:
-        finished = "stop"
-    else:
-        shown = text.push(token)
-        if text.stopped:
-            finished = "stop"
-        elif at_limit:
-            finished = "length"
-    if finished is not None:
-        shown += text.finish()
-    expert = int(weights.argmax())
-    return Piece(row, token, shown, expert, tuple(weights.tolist()), finished)
+def _room_for(
+    mixture: Mixture, prompts: Sequence[Sequence[int]], config: SamplingConfig
+) -> EngineLimits:
+    """So much that all prompts run at once."""
+    longest = [min(len(p) + config.max_new_tokens, mixture.settings.seq_len) for p in prompts]
+    pages = mixture.n_experts * sum(-(-n // PAGE_TOKENS) for n in longest)
+    return EngineLimits(max_running=len(prompts), cache_tokens=pages * PAGE_TOKENS)
 
 
 def complete(

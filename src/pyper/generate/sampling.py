@@ -1,5 +1,7 @@
 """From log-probabilities to the next token."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,37 +47,75 @@ class SamplingConfig:
                 )
 
 
-def next_token(
-    log_probs: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator
-) -> int:
-    """Draw one token from log_probs (V,); `seen` (T,) are the row's tokens so far.
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The settings of the rows (R) of one draw, as columns (R, 1) on their device."""
 
-    The generator lives on the CPU, so that a seed gives the same text on every device.
+    temperature: Tensor
+    top_k: Tensor | None
+    """None here and below: no row uses it, and its work is saved."""
+    top_p: Tensor | None
+    min_p: Tensor | None
+    repetition_penalty: Tensor | None
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig], device: torch.device) -> "SamplingBatch":
+        """One row for each configuration."""
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device).unsqueeze(-1)
+
+        def optional(values: list[float], unused: float) -> Tensor | None:
+            return None if all(v == unused for v in values) else column(values)
+
+        return cls(
+            # A floor that is greedy all the same: nothing overflows.
+            column([max(c.temperature, 1e-6) if c.temperature else 0.0 for c in configs]),
+            optional([c.top_k or math.inf for c in configs], math.inf),
+            optional([c.top_p for c in configs], 1.0),
+            optional([c.min_p for c in configs], 0.0),
+            optional([c.repetition_penalty for c in configs], 1.0),
+        )
+
+
+def draw(
+    log_probs: Tensor, batch: SamplingBatch, uniforms: Tensor, seen: Tensor | None = None
+) -> Tensor:
+    """One token (R,) for each row of log_probs (R, V), where the rows are.
+
+    uniforms: (R,) in [0, 1), all the chance there is: one number gives one token on any device.
+    seen: (R, V), True for tokens that the row has already (for the repetition penalty).
     """
     scores = log_probs.float()
-    if config.repetition_penalty != 1.0:
-        again = seen.unique()
-        scores = scores.index_copy(0, again, scores[again] * config.repetition_penalty)
-    if config.temperature == 0:
-        return int(scores.argmax())
-    # The likeliest at 0, and a floor that is greedy all the same: nothing overflows.
-    scaled = (scores - scores.max()) / max(config.temperature, 1e-6)
-    probs = filtered_probs(scaled, config).cpu()
-    return int(torch.multinomial(probs, 1, generator=generator))
+    if batch.repetition_penalty is not None:
+        assert seen is not None
+        scores = torch.where(seen, scores * batch.repetition_penalty, scores)
+    best = scores.argmax(dim=-1)
+    # The likeliest at 0: nothing overflows.
+    scaled = (scores - scores.amax(dim=-1, keepdim=True)) / batch.temperature.clamp(min=1e-6)
+    reached = filtered_probs(scaled, batch).cumsum(dim=-1)
+    drawn = (reached <= uniforms[:, None] * reached[:, -1:]).sum(dim=-1)
+    # Rounding may leave nothing above a number just below 1.
+    is_greedy = (batch.temperature.squeeze(-1) == 0) | (drawn == scores.shape[-1])
+    return torch.where(is_greedy, best, drawn)
 
 
-def filtered_probs(scores: Tensor, config: SamplingConfig) -> Tensor:
-    """Probabilities (V,) after top-k, top-p and min-p; at least one token is left."""
+def filtered_probs(scores: Tensor, batch: SamplingBatch) -> Tensor:
+    """Probabilities (R, V) after top-k, top-p and min-p; at least one token of a row is left."""
     probs = scores.softmax(dim=-1)
-    if config.top_k is not None and config.top_k < len(probs):
-        threshold = probs.topk(config.top_k).values[-1]
-        probs = probs.where(probs >= threshold, 0.0)
-    if config.top_p < 1:
-        probs = probs / probs.sum()
-        ordered, index = probs.sort(descending=True, stable=True)
-        # A token stays when those before it have not reached p: the first one always does.
-        kept = ordered.cumsum(0) - ordered < config.top_p
-        probs = torch.zeros_like(probs).scatter(0, index, ordered * kept)
-    if config.min_p > 0:
-        probs = probs.where(probs >= config.min_p * probs.max(), 0.0)
-    return probs / probs.sum()
+    if batch.top_k is None and batch.top_p is None and batch.min_p is None:
+        return probs
+    if batch.top_k is not None or batch.top_p is not None:
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        if batch.top_k is not None:
+            last = (batch.top_k.clamp(max=probs.shape[-1]) - 1).long()
+            ordered = ordered.where(ordered >= ordered.gather(-1, last), 0.0)
+        if batch.top_p is not None:
+            ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+            # A token stays when those before it have not reached p: the first one always does.
+            before = ordered.cumsum(dim=-1) - ordered
+            ordered = ordered.where((before < batch.top_p) | (batch.top_p == 1), 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    if batch.min_p is not None:
+        probs = probs.where(probs >= batch.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    return probs / probs.sum(dim=-1, keepdim=True)

@@ -19,6 +19,8 @@ ROW_TILE = 8
 Then a row's result does not depend, to the last bit, on how many others there are and where it
 stands: measured for PyTorch's matrix products and attention on CPUs (MKL, oneDNN), where one to
 three rows take other ways. `tests/generate/test_batch_invariance.py` checks it."""
+# Likewise the width of a head: rows of odd widths begin at odd addresses, and take other ways.
+_HEAD_TILE = 8
 
 
 @dataclass
@@ -152,16 +154,15 @@ class CachePass:
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """query (B, H, T, K), keys and values (B, S, kv_heads, K); (B, H, T, K)."""
-    n_new = query.shape[2]
-    query = F.pad(query, (0, 0, 0, mask.shape[2] - n_new))
+    n_new, K = query.shape[2:]
+    fill = -K % _HEAD_TILE
+    query = F.pad(query, (0, fill, 0, mask.shape[2] - n_new))
+    key, value = (F.pad(x, (0, fill)).transpose(1, 2) for x in (keys, values))
+    grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
-        query,
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=query.shape[1] != keys.shape[2],
+        query, key, value, attn_mask=mask, enable_gqa=grouped, scale=K**-0.5
     )
-    return out[:, :, :n_new]
+    return out[:, :, :n_new, :K]
 
 
 def _new_slots(chunk: Chunk) -> list[int]:

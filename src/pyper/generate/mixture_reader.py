@@ -1,0 +1,225 @@
+"""A mixture reads many texts side by side: which experts run, and how they are mixed."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pyper.generate.mixing_state import MixingState, posterior_of
+from pyper.generate.pages import PagePool
+from pyper.generate.reading import Job, Reading, Text, begin_reading, read
+from pyper.mixture import Mixture
+from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.routing import mix_log_probs
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of the next token of some texts (R) with equally many (A) experts that have read them."""
+
+    texts: list[Text]
+    experts: list[list[int]]
+    """(R, A)."""
+    log_probs: Tensor
+    """(R, V), of the mixture."""
+    per_expert: Tensor
+    """(R, A, V)."""
+
+
+class MixtureReader:
+    """Texts grow token by token, each under the mixture's rule; experts read them in batches.
+
+    A text's predictions do not depend on the other texts, on a CPU to the last bit.
+    """
+
+    def __init__(self, mixture: Mixture, *, cache_tokens: int, prefill_chunk: int) -> None:
+        self.mixture, self.prefill_chunk = mixture, prefill_chunk
+        self.pool = PagePool(cache_tokens // PAGE_TOKENS)
+        self.n_prefilled = self.n_reused = 0
+        # Experts of one shape, as a rule all, take their pages from one store.
+        self._stores: dict[tuple[object, ...], KVStore] = {}
+
+    def pages_for(self, n_tokens: int, capacity: int, pinned: int | None) -> int:
+        """The most pages that a text may come to use, `n_tokens` into it."""
+        settings, whole = self.mixture.settings, -(-capacity // PAGE_TOKENS)
+        n_experts = self.mixture.n_experts
+        if pinned is not None or n_experts == 1:
+            return whole
+        if settings.mixing != "top1":
+            return n_experts * whole
+        if n_tokens > settings.prefix_tokens and self.mixture.router is not None:
+            return whole
+        cold = min(capacity, settings.prefix_tokens + 1)
+        return whole + (n_experts - 1) * -(-cold // PAGE_TOKENS)
+
+    def pages_left_for(self, text: Text) -> int:
+        """The most pages that an open text may come to use from now on."""
+        whole, state = -(-text.capacity // PAGE_TOKENS), text.state
+        if self.mixture.settings.mixing == "posterior":
+            return sum(state.live) * whole
+        if state.is_settled(len(text.tokens)) and text.log_weights is not None:
+            return whole
+        return self.pages_for(len(text.tokens), text.capacity, state.pinned)
+
+    def open(self, tokens: Sequence[int], capacity: int, pinned: int | None = None) -> Text:
+        """A text of at most `capacity` tokens; nothing is read yet."""
+        return Text(list(tokens), capacity, MixingState(self.mixture, capacity, pinned))
+
+    def close(self, text: Text) -> None:
+        """Give its pages back."""
+        for expert in list(text.readings):
+            self._forget(text, expert)
+
+    def advance(self, texts: Sequence[Text]) -> list[Text]:
+        """Read what is due, long prompts in part; those whose next token can be predicted."""
+        budget: dict[int, int] = defaultdict(lambda: self.prefill_chunk)
+        # 1. what the rule needs to know of every expert
+        self._read(
+            [(t, e, t.state.n_evidence(len(t.tokens))) for t in texts for e in _live(t)], budget
+        )
+        known = [t for t in texts if self._has_evidence(t)]
+        # 2. the rule
+        self._weigh(known)
+        # 3. the experts that write, where they have not read everything yet
+        self._read([(t, e, len(t.tokens)) for t in known for e in _used(t)], budget)
+        return [t for t in known if all(self._is_current(t, e) for e in _used(t))]
+
+    def predict(self, texts: Sequence[Text]) -> list[Predictions]:
+        """log p(next token) of texts that `advance` called ready."""
+        with_experts = [(t, [e for e in _live(t) if self._is_current(t, e)]) for t in texts]
+        # As many experts in every text: sums over a padded axis could differ in the last bit.
+        with_experts.sort(key=lambda pair: len(pair[1]))
+        return [self._mix(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
+
+    def append(
+        self, text: Text, token: int, experts: Sequence[int], scores: Sequence[float]
+    ) -> None:
+        """Add one token, of which the experts said log p = scores."""
+        for expert, score in zip(experts, scores, strict=True):
+            text.state.scores[len(text.tokens), expert] = score
+            text.readings[expert].n_scored = len(text.tokens) + 1
+        text.tokens.append(token)
+
+    def _has_evidence(self, text: Text) -> bool:
+        due = text.state.n_evidence(len(text.tokens))
+        return due == 0 or all(
+            e in text.readings and text.readings[e].n_read >= due for e in _live(text)
+        )
+
+    def _is_current(self, text: Text, expert: int) -> bool:
+        reading = text.readings.get(expert)
+        return reading is not None and reading.n_read == len(text.tokens)
+
+    def _weigh(self, texts: Sequence[Text]) -> None:
+        undecided = []
+        for text in texts:
+            decided = text.state.decided(text.tokens)
+            if decided is None:
+                text.state.take_in(len(text.tokens))
+                undecided.append(text)
+            else:
+                text.log_weights = torch.full((self.mixture.n_experts,), -torch.inf)
+                text.log_weights[decided] = 0.0
+                if text.state.is_settled(len(text.tokens)):
+                    text.state.live = [e == decided for e in range(self.mixture.n_experts)]
+        if undecided:
+            weights = posterior_of([t.state for t in undecided])
+            for text, log_weights in zip(undecided, weights, strict=True):
+                text.log_weights = log_weights
+        for text in texts:
+            for expert in [e for e in text.readings if not text.state.live[e]]:
+                self._forget(text, expert)
+
+    def _mix(self, members: list[tuple[Text, list[int]]]) -> Predictions:
+        texts, experts = [m[0] for m in members], [m[1] for m in members]
+        rows = [[_last(t, e) for e in es] for t, es in members]
+        per_expert = torch.stack([torch.stack(row) for row in rows])
+        if per_expert.shape[1] == 1:
+            return Predictions(texts, experts, per_expert[:, 0], per_expert)
+        weights = torch.stack([_weights(t)[es] for t, es in members])
+        mixed = mix_log_probs(weights.to(per_expert.device), per_expert)
+        return Predictions(texts, experts, mixed, per_expert)
+
+    def _read(self, due: Sequence[tuple[Text, int, int]], budget: dict[int, int]) -> None:
+        """Let experts read texts up to some length, (text, expert, length), as far as allowed."""
+        jobs: dict[int, list[Job]] = defaultdict(list)
+        for text, expert, upto in due:
+            if upto == 0:
+                continue
+            reading = self._reading_of(text, expert, upto)
+            if reading.n_read >= upto:
+                continue
+            job = self._within(Job(text, reading, upto), budget)
+            if job is not None:
+                jobs[expert].append(job)
+        for expert, members in jobs.items():
+            self._run(expert, members)
+
+    def _reading_of(self, text: Text, expert: int, upto: int) -> Reading:
+        """What the expert has read; where others have read on, their pages are taken over."""
+        old = text.readings.get(expert)
+        if old is not None and upto - old.n_read < PAGE_TOKENS:
+            return old
+        new = begin_reading(expert, text, self.pool, upto)
+        if old is not None and new.n_read <= old.n_read:
+            self.pool.release(new.pages)
+            return old
+        if old is not None:
+            self.pool.release(old.pages)
+            self.n_reused -= old.n_read
+        self.n_reused += new.n_read
+        text.readings[expert] = new
+        return new
+
+    def _run(self, expert: int, jobs: list[Job]) -> None:
+        # The model is known here only: it may have to make room for the next one.
+        model = self.mixture.expert(expert)
+        read(model, self._store(model), self.pool, jobs)
+
+    def _within(self, job: Job, budget: dict[int, int]) -> Job | None:
+        """As much of a job as the budget of its expert allows; single tokens are always read."""
+        if job.n_new == 1:
+            return job
+        expert, start = job.reading.expert, job.reading.n_read
+        upto = min(job.upto, start + budget[expert])
+        if upto == start:
+            return None
+        budget[expert] -= upto - start
+        self.n_prefilled += upto - start
+        return Job(job.text, job.reading, upto)
+
+    def _store(self, model: Transformer) -> KVStore:
+        c = model.config
+        shape = (c.kind, c.n_layers, c.attention_experts, c.kv_heads, c.dim_per_head, c.sparse)
+        key = (*shape, model.dtype, model.device)
+        if key not in self._stores:
+            n_pages = self.pool.n_pages
+            self._stores[key] = KVStore.allocate(c, n_pages, device=model.device, dtype=model.dtype)
+        return self._stores[key]
+
+    def _forget(self, text: Text, expert: int) -> None:
+        self.pool.release(text.readings.pop(expert).pages)
+
+
+def _live(text: Text) -> list[int]:
+    return [expert for expert, is_live in enumerate(text.state.live) if is_live]
+
+
+def _weights(text: Text) -> Tensor:
+    assert text.log_weights is not None
+    return text.log_weights
+
+
+def _used(text: Text) -> list[int]:
+    """Experts with a share in the next prediction."""
+    used: list[int] = torch.isfinite(_weights(text)).nonzero().flatten().tolist()
+    return used
+
+
+def _last(text: Text, expert: int) -> Tensor:
+    last = text.readings[expert].last
+    assert last is not None
+    return last

@@ -1,0 +1,169 @@
+"""One expert reads the new tokens of many texts in one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyper.generate.mixing_state import MixingState
+from pyper.generate.pages import Page, PagePool
+from pyper.nn import PAGE_TOKENS, CachePass, Chunk, KVStore, Transformer
+from pyper.nn.kv_cache import ROW_TILE
+
+# Rows of logits at a time: those of a long prompt would take more memory than the model.
+_LOGIT_ROWS = 32 * ROW_TILE
+
+
+@dataclass
+class Reading:
+    """What one expert has read of one text."""
+
+    expert: int
+    pages: list[int] = field(default_factory=list)
+    published: list[Page] = field(default_factory=list)
+    """The full pages, as others know them."""
+    n_read: int = 0
+    n_scored: int = 1
+    """Tokens whose scores are known (the first has none)."""
+    last: Tensor | None = None
+    """(V,), log p of the token after those that were read."""
+
+
+@dataclass
+class Text:
+    """A prompt and what was written after it."""
+
+    tokens: list[int]
+    capacity: int
+    """The most tokens that it will have."""
+    state: MixingState
+    readings: dict[int, Reading] = field(default_factory=dict)
+    log_weights: Tensor | None = None
+    """(E,), of the next prediction, once it is known."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An expert is to read a text up to its first `upto` tokens."""
+
+    text: Text
+    reading: Reading
+    upto: int
+
+    @property
+    def n_held(self) -> int:
+        """1 where the last token of shared pages is read once more: what it says of the next token
+        depends on the next token, and no page can know that."""
+        reading = self.reading
+        unknown = reading.n_scored <= reading.n_read < self.text.state.n_scored
+        return int(reading.n_read > 0 and unknown)
+
+    @property
+    def start(self) -> int:
+        """The first token of the pass."""
+        return self.reading.n_read - self.n_held
+
+    @property
+    def n_new(self) -> int:
+        """Tokens of the pass."""
+        return self.upto - self.start
+
+
+def begin_reading(expert: int, text: Text, pool: PagePool, upto: int) -> Reading:
+    """Start with the pages, up to `upto` tokens, in which another text began alike.
+
+    At least one token stays unread: what follows it is not in the pages.
+    """
+    state, known = text.state, text.tokens[: min(upto, len(text.tokens) - 1)]
+    shared = pool.find(expert, known, scored=state.n_scored)
+    for number, page in enumerate(shared):
+        if page.scores is not None:
+            at = slice(number * PAGE_TOKENS, (number + 1) * PAGE_TOKENS)
+            state.scores[at, expert] = page.scores
+    n_read = len(shared) * PAGE_TOKENS
+    numbers = [page.number for page in shared]
+    return Reading(expert, numbers, shared, n_read, n_scored=max(1, n_read))
+
+
+def read(model: Transformer, store: KVStore, pool: PagePool, jobs: Sequence[Job]) -> None:
+    """Run the jobs of one expert in one pass; each reading then knows its next prediction."""
+    jobs = sorted(jobs, key=lambda job: job.n_new)  # equal lengths share one attention
+    for job in jobs:
+        pages = job.reading.pages
+        pages.extend(pool.take() for _ in range(-(-job.upto // PAGE_TOKENS) - len(pages)))
+    chunks = [Chunk(job.reading.pages, job.start, job.n_new, job.n_held) for job in jobs]
+    tokens = [token for job in jobs for token in job.text.tokens[job.start : job.upto]]
+    states = model.read_cached(torch.tensor(tokens).to(model.device), CachePass.plan(store, chunks))
+    _predict(model, states, jobs)
+    for job in jobs:
+        job.reading.n_read = job.upto
+        _publish(job, pool)
+
+
+def _predict(model: Transformer, states: Tensor, jobs: Sequence[Job]) -> None:
+    """What is said of the token after each chunk, and of the tokens in it as far as it matters."""
+    rows, targets, ends, at = [], [], [], 0
+    places: list[tuple[Job, int]] = []
+    for job in jobs:
+        tokens, first = job.text.tokens, job.reading.n_scored
+        scored = range(
+            max(first, job.start + 1), min(len(tokens), job.text.state.n_scored, job.upto + 1)
+        )
+        for position in scored:
+            rows.append(at + position - 1 - job.start)
+            targets.append(tokens[position])
+            places.append((job, position))
+        at += job.n_new
+        if not scored or scored[-1] != job.upto:
+            rows.append(at - 1)
+            targets.append(-1)
+            places.append((job, -1))
+        ends.append(len(rows) - 1)
+    scores, last = _log_probs(model, states, rows, targets, ends)
+    for (job, position), score in zip(places, scores, strict=True):
+        if position >= 0:
+            job.text.state.scores[position, job.reading.expert] = score
+            job.reading.n_scored = position + 1
+    for job, log_probs in zip(jobs, last, strict=True):
+        job.reading.last = log_probs
+
+
+def _log_probs(
+    model: Transformer, states: Tensor, rows: list[int], targets: list[int], ends: list[int]
+) -> tuple[list[float], list[Tensor]]:
+    """Log-probabilities of `targets` after the states `rows`; all of them (V,) at `ends`."""
+    scores: list[float] = []
+    last: list[Tensor] = []
+    is_asked = any(target >= 0 for target in targets)
+    for start in range(0, len(rows), _LOGIT_ROWS):
+        part = slice(start, start + _LOGIT_ROWS)
+        index = torch.tensor(rows[part]).to(states.device)
+        whole_tiles = F.pad(states[index], (0, 0, 0, -len(index) % ROW_TILE))
+        log_probs = model.head(whole_tiles).float().log_softmax(dim=-1)[: len(index)]
+        if is_asked:
+            target = torch.tensor(targets[part]).clamp(min=0).to(states.device)
+            scores += log_probs.gather(1, target[:, None]).squeeze(1).tolist()
+        else:  # a GPU need not be waited for
+            scores += [0.0] * len(index)
+        kept = torch.tensor([end - start for end in ends if start <= end < part.stop])
+        last += log_probs[kept.to(states.device)].unbind()
+    return scores, last
+
+
+def _publish(job: Job, pool: PagePool) -> None:
+    """Full pages become readable for texts that begin alike."""
+    reading, state = job.reading, job.text.state
+    for number in range(len(reading.published), reading.n_read // PAGE_TOKENS):
+        at = slice(number * PAGE_TOKENS, (number + 1) * PAGE_TOKENS)
+        known = min(at.stop, state.n_scored) <= reading.n_scored
+        scores = tuple(state.scores[at, reading.expert].tolist()) if known else None
+        page = pool.publish(
+            reading.expert,
+            reading.published,
+            reading.pages[number],
+            job.text.tokens[at],
+            scores,
+        )
+        reading.published.append(page)
