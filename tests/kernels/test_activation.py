@@ -148,7 +148,7 @@ def test_every_element_is_written_and_hidden_rows_come_again(kind: Activation) -
         dpre, dgates, again = activation.activation_gradients(hidden, pre, kind, index, gates, True)
     for out in (hidden, dpre, dgates):
         assert out.isfinite().all()
-    assert torch.equal(hidden, again)
+    assert error(again, hidden) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

@@ -190,7 +190,8 @@ class _Route(torch.autograd.Function):
         total = logits_gradient(dlogits.contiguous(), dgates.contiguous(), gates, ctx.softmax)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = sum_rows(drows.contiguous(), slots, None, None, total, weight.contiguous())
+            vectors = weight.to(drows.dtype).contiguous()
+            dx = sum_rows(drows.contiguous(), slots, None, None, total, vectors)
         if ctx.needs_input_grad[1]:
             dweight = router_weight_gradient(total, x).to(weight.dtype)
         return dx, dweight, None, None, None

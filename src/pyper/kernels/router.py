@@ -63,16 +63,17 @@ def router_forward(x: Tensor, weight: Tensor, softmax: bool) -> tuple[Tensor, Te
     logits, gates = (x.new_empty(N, E, dtype=torch.float32) for _ in range(2))
     narrow = x.dtype == torch.bfloat16
     rows, block_e = (64 if narrow else 32), max(block_of(E, 1024), 16)
+    cols = 128 if block_e <= 32 else 64
     _router_forward[(triton.cdiv(N, rows),)](
         *(x, weight, logits, gates, N),
         D=D,
         E=E,
         SOFTMAX=softmax,
         BLOCK_N=rows,
-        BLOCK_D=128 if narrow else 32,
+        BLOCK_D=cols if narrow else 32,
         BLOCK_E=block_e,
         num_warps=4,
-        num_stages=4 if block_e == 16 else 2,
+        num_stages=4,
     )
     return logits, gates
 

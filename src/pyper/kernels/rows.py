@@ -134,7 +134,8 @@ def sum_rows(
     """`combine_rows` without gradient, plus coefficients (N, E) · vectors (E, D) where given.
 
     That product is the router's share in the gradient of its input: adding it here saves writing
-    and reading an (N, D) on the way. All tensors contiguous, coefficients float32.
+    and reading an (N, D) on the way. All tensors contiguous; coefficients float32, vectors in the
+    type of rows (loads of one width need no exchange between threads).
     """
     (E, C, D), N = rows.shape, len(slots)
     out = rows.new_empty(N, D)
