@@ -62,7 +62,7 @@ def test_recorded_steps_equal_usual_ones_to_the_bit(optimizer: str, dtype: torch
 
 
 @needs_cuda
-@pytest.mark.parametrize("mode", ["expert_choice", "loss", "sign_bias", "token_mixture"])
+@pytest.mark.parametrize("mode", ["expert_choice", "capped", "loss", "sign_bias", "token_mixture"])
 def test_recorded_steps_route_and_learn_as_usual_ones(mode: str) -> None:
     """Sums over experts are made in any order on a GPU: equal but for rounding."""
     usual, weights = train(

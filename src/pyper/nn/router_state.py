@@ -47,10 +47,9 @@ class RouterState(nn.Module):
 
     def has_fixed_shapes(self, dtype: torch.dtype) -> bool:
         """Whether the kernels of a training pass in `dtype` do not depend on what is chosen."""
-        routing = self.sparse.routing
-        if routing == "token_choice":
-            return dtype == torch.bfloat16  # one grouped product; else expert after expert
-        return routing != "capped" and self.rule(training=True) == "expert_choice"
+        if self.sparse.is_expert_choice:
+            return self.rule(training=True) == "expert_choice"
+        return dtype == torch.bfloat16  # one grouped product; else expert after expert
 
     def threshold_gap(self, kth_score: Tensor) -> Tensor:
         """(), mean |k-th score − threshold| over experts; 0 before there are thresholds."""
