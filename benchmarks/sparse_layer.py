@@ -180,14 +180,14 @@ def print_row(name: str, row: dict[str, Any]) -> None:
 
 def print_stages(inputs: Inputs, repeats: int) -> list[dict[str, Any]]:
     """Every part on its own, with what it reaches."""
-    print(f"{'part':<36}{'ms':>9}{'TB/s':>9}{'TFLOP/s':>9}")
+    print(f"{'part':<46}{'ms':>9}{'TB/s':>9}{'TFLOP/s':>9}")
     rows = []
     for stage in stages(inputs.x[0], inputs.router, inputs.up, inputs.down, inputs.capacity):
         row = measure(lambda stage=stage: stage.step, repeats)
         if "ms" in row:
             row |= {"tb_s": stage.gb / row["ms"], "tflop_s": stage.gflop / row["ms"]}
             counted = "".join(f"{row[k]:>9.2f}" if row[k] else " " * 9 for k in ("tb_s", "tflop_s"))
-            print(f"{stage.name:<36}{row['ms']:>9.3f}{counted}", flush=True)
+            print(f"{stage.name:<46}{row['ms']:>9.3f}{counted}", flush=True)
         else:
             print_row(stage.name, row)
         rows.append({"part": stage.name} | row)
