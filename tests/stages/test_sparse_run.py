@@ -68,6 +68,9 @@ def test_evaluation_holds_the_causal_loss_and_what_routing_did(
         gap = routing["teacher_forced"] - routing["causal"]
         assert routing["leak_gap"] == pytest.approx(gap, abs=2e-5)
         assert routing["teacher_forced"] != routing["causal"]
+    for layer in routing["layers"]:  # loads of single passes are less even than their sum
+        assert 0 < layer["max_violation"] <= layer["max_violation_batch"] + 0.02
+    assert routing["max_violation"] == max(x["max_violation"] for x in routing["layers"])
     assert len(routing["layers"]) == (1 if name == "token_mixture" else 2)
     for layer in routing["layers"]:
         assert len(layer["load"]) == 3

@@ -19,29 +19,36 @@ def routing_report(model: Transformer, held_out: Sequence[HeldOut]) -> dict[str,
     of expert choice over batches of held-out text (null for token choice): it looks at later
     tokens, so `leak_gap`, teacher_forced − causal, mixes a leak with the change of rule. `layers`
     are those of the causal pass; `flip_rate` and `threshold_gap` compare them with expert choice.
+    Their `max_violation` is over all text together (MaxVio_global of arXiv:2408.15664),
+    `max_violation_batch` the mean over passes, each of one domain.
     """
-    causal, layers = _read(model, held_out, None)
+    causal, passes_read = _read(model, held_out, None)
+    layers = [sum_statistics(list(layer)) for layer in passes_read]
     numbers = [routing_summary(layer) for layer in layers]
+    for own, parts in zip(numbers, passes_read, strict=True):
+        own["max_violation_batch"] = fmean(routing_summary(p)["max_violation"] for p in parts)
     report: dict[str, Any] = {"causal": causal, "teacher_forced": None, "leak_gap": None}
     if model.config.routing.is_expert_choice:
-        forced, forced_layers = _read(model, held_out, "expert_choice")
+        forced, forced_passes = _read(model, held_out, "expert_choice")
         report |= {"teacher_forced": forced, "leak_gap": round(forced - causal, 5)}
-        for own, other in zip(numbers, forced_layers, strict=True):
-            compared = routing_summary(other)
+        for own, parts in zip(numbers, forced_passes, strict=True):
+            compared = routing_summary(sum_statistics(list(parts)))
             own |= {key: compared[key] for key in ("flip_rate", "threshold_gap")}
     for own, layer in zip(numbers, layers, strict=True):
         own["load"] = (layer.expert_load / layer.n_tokens).tolist()  # type: ignore[assignment]
         own["fan_out"] = (layer.fan_out / layer.n_tokens).tolist()  # type: ignore[assignment]
     means = ("experts_per_token", "zero_expert_share", "router_entropy", "flip_rate")
     report |= {key: fmean(own[key] for own in numbers) for key in means}
+    for key in ("max_violation", "max_violation_batch"):
+        report[key] = max(own[key] for own in numbers)
     return report | {"layers": numbers}
 
 
 @torch.no_grad()
 def _read(
     model: Transformer, held_out: Sequence[HeldOut], rule: Rule | None
-) -> tuple[float, list[LayerStatistics]]:
-    """Mean loss, and the statistics of each layer over all windows."""
+) -> tuple[float, list[tuple[LayerStatistics, ...]]]:
+    """Mean loss, and for each layer the statistics of every pass."""
     total, n_scored = 0.0, 0
     parts: list[list[LayerStatistics]] = []
     for windows in held_out:
@@ -51,5 +58,4 @@ def _read(
             total += float(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum"))
             n_scored += tokens[:, 1:].numel()
             parts.append([routed.statistics for routed in reading.routed])
-    layers = [sum_statistics(list(layer)) for layer in zip(*parts, strict=True)]
-    return round(total / n_scored, 5), layers
+    return round(total / n_scored, 5), list(zip(*parts, strict=True))
