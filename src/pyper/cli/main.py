@@ -8,6 +8,7 @@ import typer
 from pyper import __version__
 from pyper.cli import (
     assign,
+    chat,
     doctor,
     evaluate,
     generate,
@@ -41,6 +42,7 @@ for command in (
     merge.merge,
     evaluate.evaluate,
     generate.generate,
+    chat.chat,
     serve.serve,
     inspect.inspect,
 ):

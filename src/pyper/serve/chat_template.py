@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyper.errors import ConfigError, MissingExtraError, PromptError
+from pyper.mixture import find_mixture
 
 MAX_TEMPLATE_CHARS = 64 << 10
 
@@ -39,6 +40,18 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way that Python can
             raise PromptError(f"the chat template fails on these messages: {error}") from None
         return text
+
+
+def open_template(model: Path, file: Path | None) -> ChatTemplate:
+    """The template in `file`, or else that of a run or a mixture. Raises ConfigError."""
+    if file is None:
+        return ChatTemplate(find_template(find_mixture(model)))
+    try:
+        return ChatTemplate(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the chat template {file}: {error}", hint="it must be a UTF-8 text file"
+        ) from None
 
 
 def find_template(folder: Path) -> str | None:

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from pyper.errors import ConfigError, MissingExtraError
 from pyper.generate import EngineLimits
-from pyper.mixture import find_mixture
-from pyper.serve.chat_template import ChatTemplate, find_template
+from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
 from pyper.stages.write import open_model
 
@@ -36,17 +35,17 @@ def serve_model(
             raise MissingExtraError(package, extra="serve", needed_for="`pyper serve`")
     from pyper.serve.server import listen, run_server, url_of
 
-    listening = listen(settings)
-    model = open_model(path, expert=None, mixing=mixing, resident=resident, device=device)
-    template = ChatTemplate(_template_source(path, chat_template))
-    n = len(model.names)
-    console.print(
-        f"{settings.name}: {n} expert{'s' * (n != 1)}, context {model.mixture.settings.seq_len:,}. "
-        f"Listening on {url_of(listening)} (Ctrl-C stops)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    run_server(model.mixture, model.tokenizer, template, settings, engine_limits, listening)
+    with listen(settings) as listening:
+        model = open_model(path, expert=None, mixing=mixing, resident=resident, device=device)
+        template = open_template(path, chat_template)
+        n, context = len(model.names), model.mixture.settings.seq_len
+        console.print(
+            f"{settings.name}: {n} expert{'s' * (n != 1)}, context {context:,}. "
+            f"Listening on {url_of(listening)} (Ctrl-C stops)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        run_server(model.mixture, model.tokenizer, template, settings, engine_limits, listening)
 
 
 def name_of(path: Path) -> str:
@@ -71,12 +70,3 @@ def read_key(file: Path | None, given: str | None) -> str | None:
     if not key:
         raise ConfigError(f"{file} is empty", hint="write the API key into it")
     return key
-
-
-def _template_source(path: Path, file: Path | None) -> str | None:
-    if file is None:
-        return find_template(find_mixture(path))
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the chat template {file}: {error}") from None

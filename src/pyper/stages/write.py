@@ -16,7 +16,21 @@ from pyper.mixture import Mixture, MixtureSettings, load_mixture
 from pyper.stages.context import pick_device
 
 # Readable on dark and on light backgrounds.
-_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+_STYLES = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | dict.fromkeys(
+    range(127, 160), "\ufffd"
+)
+_PICTURES |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+
+def style_of(expert: int) -> str:
+    """The colour of an expert's text."""
+    return _STYLES[expert % len(_STYLES)]
+
+
+def visible(text: str) -> str:
+    """Control characters as pictures: a model must not be able to steer the terminal."""
+    return text.translate(_PICTURES)
 
 
 @dataclass(frozen=True)
@@ -51,16 +65,20 @@ def _with_mixing(settings: MixtureSettings, mixing: str) -> MixtureSettings:
     return settings.model_copy(update={"mixing": mixing})
 
 
+def find_expert(names: Sequence[str], wanted: str) -> int:
+    """The expert of that name or number. Raises ConfigError."""
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    raise ConfigError(
+        f"there is no expert `{wanted}`", hint=f"0 … {len(names) - 1}, or {', '.join(names)}"
+    )
+
+
 def _only(mixture: Mixture, expert: str) -> Mixture:
     names = mixture.settings.experts
-    if expert in names:
-        index = names.index(expert)
-    elif expert.isdigit() and int(expert) < len(names):
-        index = int(expert)
-    else:
-        raise ConfigError(
-            f"there is no expert `{expert}`", hint=f"0 … {len(names) - 1}, or {', '.join(names)}"
-        )
+    index = find_expert(names, expert)
     settings = mixture.settings.model_copy(
         update={"experts": (names[index],), "mixing": "posterior", "top_k": 1, "prices": ()}
     )
@@ -84,21 +102,21 @@ def print_stream(
         console.print(Text(prompt, style="bold"), end="")
         tokens = [0] * len(model.names)
         for piece in chain(first, pieces):
-            style = _COLOURS[piece.expert % len(_COLOURS)] if show_experts else ""
+            style = style_of(piece.expert) if show_experts else ""
             tokens[piece.expert] += 1
-            console.print(Text(piece.text, style=style), end="", soft_wrap=True)
+            console.print(Text(visible(piece.text), style=style), end="", soft_wrap=True)
         console.print()
         if show_experts:
-            console.print(_legend(model.names, tokens))
+            console.print(legend(model.names, tokens))
 
 
-def _legend(names: Sequence[str], tokens: Sequence[int]) -> Text:
+def legend(names: Sequence[str], tokens: Sequence[int]) -> Text:
     """Who wrote how much."""
     text = Text("— ")
     for index, (name, n) in enumerate(zip(names, tokens, strict=True)):
         if n:
             share = f"{name} {n / sum(tokens):.0%}  "
-            text.append(share, style=_COLOURS[index % len(_COLOURS)])
+            text.append(share, style=style_of(index))
     return text
 
 

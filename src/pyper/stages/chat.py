@@ -1,0 +1,275 @@
+"""Talk to a model in the terminal."""
+
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from pyper.errors import PyperError
+from pyper.generate import BatchEngine, EngineLimits, Event, Request, SamplingConfig
+from pyper.serve.chat_template import ChatTemplate
+from pyper.serve.prompts import encode_text
+from pyper.stages.write import OpenModel, find_expert, legend, style_of, visible
+
+HELP = """\
+/expert N   write with one expert, by number or name; /expert alone: with all
+/route      who wrote the last answer, and with what weight each would go on
+/system T   a message before the conversation; /system alone: none
+/clear      a new conversation
+/help       this
+/quit       leave (so does Ctrl-D); Ctrl-C stops an answer
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines."""
+_BAR_WIDTH = 24
+_HISTORY_LINES = 1000
+
+
+class Conversation:
+    """What was said, and who is to write."""
+
+    def __init__(self, model: OpenModel, template: ChatTemplate, sampling: SamplingConfig) -> None:
+        self.model = model
+        self.expert: int | None = None
+        """The one that writes; None: the mixture."""
+        self.system = ""
+        self.last: list[Event] = []
+        """The last answer."""
+        self._template, self._sampling = template, sampling
+        self._messages: list[dict[str, str]] = []
+        self._n_answers = 0
+        limits = EngineLimits(max_running=1)
+        self._engine = BatchEngine(model.mixture, model.tokenizer, limits)
+
+    def answer(self, text: str) -> Generator[Event, None, None]:
+        """Say something; the answer as it is written. Closing the iterator stops it."""
+        self._messages.append({"role": "user", "content": text})
+        self.last = []
+        request_id = self._engine.submit(self._request())
+        try:
+            while not self._engine.idle:
+                for event in self._engine.step():
+                    self.last.append(event)
+                    yield event
+        finally:
+            self._engine.cancel(request_id)
+            self._n_answers += 1
+            said = "".join(event.text for event in self.last)
+            self._messages.append({"role": "assistant", "content": said})
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self._messages, self.last = [], []
+
+    def _request(self) -> Request:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self._template.render([*system, *self._messages])
+        context = self.model.mixture.settings.seq_len
+        # A long conversation keeps its end, and the answer always has room.
+        keep = context - min(self._sampling.max_new_tokens, context // 2)
+        prompt = encode_text(self.model.tokenizer, text, context, keep=max(1, keep), param="")
+        sampling = replace(self._sampling, seed=(self._sampling.seed + self._n_answers) % 2**63)
+        return Request(prompt, sampling, self.expert)
+
+
+class TerminalChat:
+    """A conversation, and the commands that steer it."""
+
+    def __init__(self, conversation: Conversation, console: Console) -> None:
+        self._talk, self._console = conversation, console
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/expert": self._choose_expert,
+            "/route": self._show_route,
+            "/system": self._set_system,
+            "/clear": self._clear,
+            "/help": lambda rest: self._console.print(Text(HELP), soft_wrap=True),
+        }
+
+    def run(self, read: Callable[[str], str]) -> None:
+        """Until /quit or the end of the input. `read` shows its argument and gives a line."""
+        while (message := read_message(read)) is not None:
+            command, _, rest = message.strip().partition(" ")
+            if command == "/quit":
+                return
+            if message.startswith("/"):
+                self._obey(command, rest.strip())
+            elif message.strip():
+                self._say(message)
+
+    def _obey(self, command: str, rest: str) -> None:
+        if command not in self._commands:
+            self._note(
+                f"there is no {command}; /help lists what there is (a space before it sends it)"
+            )
+            return
+        try:
+            self._commands[command](rest)
+        except PyperError as error:
+            self._note(f"{error.message}: {error.hint}")
+
+    def _say(self, message: str) -> None:
+        answer, began = self._talk.answer(message), time.perf_counter()
+        try:
+            with ctrl_c() as wanted:
+                for event in answer:
+                    text = Text(visible(event.text), style=style_of(event.expert))
+                    self._console.print(text, end="", soft_wrap=True)
+                    if wanted.is_set():
+                        break
+        except PyperError as error:
+            self._note(f"{error.message}: {error.hint}")
+        finally:
+            answer.close()
+        self._console.print()
+        if self._console.is_terminal and self._talk.last:
+            self._summarise(time.perf_counter() - began)
+
+    def _summarise(self, seconds: float) -> None:
+        last = self._talk.last
+        line = legend(self._talk.model.names, self._tokens_by_expert())
+        line.append(f"{len(last)} tokens, {len(last) / seconds:.0f}/s", style="dim")
+        self._console.print(line)
+
+    def _tokens_by_expert(self) -> list[int]:
+        tokens = [0] * len(self._talk.model.names)
+        for event in self._talk.last:
+            tokens[event.expert] += 1
+        return tokens
+
+    # Commands
+
+    def _choose_expert(self, rest: str) -> None:
+        names = self._talk.model.names
+        self._talk.expert = find_expert(names, rest) if rest else None
+        self._note(f"{names[self._talk.expert]} writes" if self._talk.expert is not None
+                   else "the mixture writes")  # fmt: skip
+
+    def _show_route(self, rest: str) -> None:
+        last = self._talk.last
+        if not last:
+            self._note("nothing was written yet")
+            return
+        rows = zip(self._talk.model.names, self._tokens_by_expert(), last[-1].weights, strict=True)
+        width = max(map(len, self._talk.model.names))
+        for index, (name, tokens, weight) in enumerate(rows):
+            bar = "█" * round(weight * _BAR_WIDTH)
+            line = f"{index} {name:<{width}}  {weight:4.0%} {bar:<{_BAR_WIDTH}}  {tokens} tokens"
+            self._console.print(Text(line.rstrip(), style=style_of(index)), soft_wrap=True)
+
+    def _set_system(self, rest: str) -> None:
+        self._talk.system = rest
+        self._note("system message set" if rest else "no system message")
+
+    def _clear(self, rest: str) -> None:
+        self._talk.clear()
+        self._note("a new conversation")
+
+    def _note(self, text: str) -> None:
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
+
+
+def chat_in_terminal(
+    model: OpenModel,
+    template: ChatTemplate,
+    sampling: SamplingConfig,
+    console: Console,
+    *,
+    expert: str | None,
+    system: str,
+    history: Path,
+) -> None:
+    """Read messages from standard input and answer them. Raises ConfigError."""
+    conversation = Conversation(model, template, sampling)
+    conversation.system = system
+    if expert is not None:
+        conversation.expert = find_expert(model.names, expert)
+    chat = TerminalChat(conversation, console)
+    if not sys.stdin.isatty():
+        chat.run(_read_piped)
+        return
+    n = len(model.names)
+    console.print(Text(f"{n} experts: {', '.join(model.names)}. /help lists the commands.", "dim"))
+    with_history(history, lambda: chat.run(_read_typed))
+
+
+@contextmanager
+def ctrl_c() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which would otherwise break into the middle of a step of the engine."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def new_seed() -> int:
+    """For a conversation that is not to be repeated."""
+    return secrets.randbits(62)
+
+
+def read_message(read: Callable[[str], str]) -> str | None:
+    """One message of one or several lines; None at the end of the input."""
+    line = read("› ")
+    if not line.endswith("\n"):
+        return line or None
+    line = line[:-1]
+    if line.lstrip().startswith('"""'):
+        return _read_block(read, line.lstrip()[3:])
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(read("… ").removesuffix("\n"))
+    return "\n".join(lines)
+
+
+def _read_block(read: Callable[[str], str], first: str) -> str:
+    lines = [first]
+    while '"""' not in lines[-1]:
+        line = read("… ")
+        lines.append(line.removesuffix("\n") if line else '"""')
+    lines[-1] = lines[-1].split('"""', 1)[0]
+    return "\n".join(lines).strip("\n")
+
+
+def _read_piped(prompt: str) -> str:
+    return sys.stdin.readline()
+
+
+def _read_typed(prompt: str) -> str:
+    """A line with its end; "" at Ctrl-D."""
+    while True:
+        try:
+            return input(prompt) + "\n"
+        except EOFError:
+            print()
+            return ""
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D leaves)")
+
+
+def with_history(file: Path, work: Callable[[], None]) -> None:
+    """Run `work` with line editing, and the lines of earlier conversations at the arrow keys."""
+    try:
+        import readline
+    except ImportError:  # not on every system; lines can be typed all the same
+        work()
+        return
+    readline.set_history_length(_HISTORY_LINES)
+    if file.is_file():
+        readline.read_history_file(file)
+    try:
+        work()
+    finally:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+            file.chmod(0o600)
+        except OSError:  # a read-only home: the conversation mattered, its lines do not
+            pass

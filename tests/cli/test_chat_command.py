@@ -1,0 +1,180 @@
+"""`pyper chat`, piped and at a terminal."""
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyper.generate import SamplingConfig, complete
+from pyper.serve.chat_template import ChatTemplate
+from pyper.stages.chat import Conversation, read_message
+from pyper.stages.write import open_model, visible
+from serve.small_server import save_small_mixture
+
+Chat = Callable[..., list[str]]
+
+
+@pytest.fixture
+def chat(pyper: Callable[..., Any], finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
+    """Pipe lines into `pyper chat`; the lines that come back."""
+
+    def run(lines: str, *options: object, code: int = 0) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        done = pyper("chat", finished_run, "--seed", 3, "-n", 6, *options)
+        assert done.exit_code == code, done.stderr
+        told: list[str] = (done.stdout + done.stderr).splitlines()
+        return told
+
+    return run
+
+
+def test_answers_messages_of_a_pipe_one_per_line_the_same_for_the_same_seed(chat: Chat) -> None:
+    told = chat("the fox\n1 +\n/route\n/quit\nnever read\n")
+    assert told == chat("the fox\n1 +\n/route\n")
+    assert told != chat("the fox\n1 +\n/route\n", "--seed", "4")
+    sums, tales = told[-2:]
+    assert sums.startswith("0 sums ")
+    assert tales.startswith("1 tales ")
+    assert sum(int(line.split()[-2]) for line in (sums, tales)) <= 6
+    assert 99 <= sum(int(line.split("%")[0].split()[-1]) for line in (sums, tales)) <= 101
+
+
+def test_commands_choose_an_expert_and_a_system_message(chat: Chat) -> None:
+    told = chat(
+        "/route\n/expert tales\n1 + 1\n/route\n/expert 0\nhello\n/route\n/expert 7\n/expert\n"
+        "/system be\n/system\n/clear\n/nonsense\n/help\n"
+    )
+    text = "\n".join(told)
+    assert told[0] == "nothing was written yet"
+    assert "1 tales  100%" in text
+    assert "0 sums   100%" in text
+    assert "there is no expert `7`: 0 … 1, or sums, tales" in told
+    for line in ("tales writes", "sums writes", "the mixture writes", "system message set",
+                 "no system message", "a new conversation"):  # fmt: skip
+        assert line in told
+    assert any(line.startswith("there is no /nonsense; /help") for line in told)
+    assert any(line.startswith("/expert N ") for line in told)
+
+
+def test_the_model_goes_on_from_all_that_was_said(tmp_path: Path) -> None:
+    model = open_model(
+        save_small_mixture(tmp_path), expert=None, mixing=None, resident=None, device="cpu"
+    )
+    sampling = SamplingConfig(max_new_tokens=8, seed=5)
+    talk = Conversation(model, ChatTemplate(None), sampling)
+    talk.system = "be"
+    first = "".join(event.text for event in talk.answer("the fox"))
+    second = "".join(event.text for event in talk.answer("and"))
+
+    texts = ["be\nthe fox", f"be\nthe fox\n{first}\nand"]
+    for text, answer, seed in zip(texts, (first, second), (5, 6), strict=True):
+        expected = complete(model.mixture, model.tokenizer, [text], replace(sampling, seed=seed))[0]
+        assert answer == expected.text
+    talk.clear()
+    assert "".join(event.text for event in talk.answer("the fox")) not in (first, second)
+
+
+def test_a_conversation_may_grow_beyond_the_context(chat: Chat) -> None:
+    told = chat("the fox and the crow met by a mill near the sea\n" * 5 + "/route\n")
+    assert told[-1].startswith("1 tales")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--expert", "x"), "error: there is no expert `x`"),
+        (("--temperature", -1), "error: `temperature` must be"),
+        (
+            ("--chat-template", "nowhere.jinja"),
+            "error: cannot read the chat template nowhere.jinja",
+        ),
+    ],
+)
+def test_mistakes_are_explained(chat: Chat, options: tuple[object, ...], complaint: str) -> None:
+    assert chat("a\n", *options, code=1)[0].startswith(complaint)
+
+
+def messages_of(text: str) -> list[str]:
+    lines = iter(text.splitlines(keepends=True))
+    found = []
+    while (message := read_message(lambda prompt: next(lines, ""))) is not None:
+        found.append(message)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("a\nb\n", ["a", "b"]),
+        ("a\\\nb\\\nc\nd\n", ["a\nb\nc", "d"]),
+        ('"""a\n\nb"""\nc\n', ["a\n\nb", "c"]),
+        ('"""\na\n"""\nc\n', ["a", "c"]),
+        ('"""never\nclosed\n', ["never\nclosed"]),
+        ("\n \n", ["", " "]),
+        ("no end", ["no end"]),
+        ("goes on\\", ["goes on\\"]),
+        ("", []),
+    ],
+)
+def test_messages_of_several_lines(typed: str, expected: list[str]) -> None:
+    assert messages_of(typed) == expected
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    assert visible("a\x1b[2Jb\tc\r\nd\x07\x9b") == "a␛[2Jb\tc\nd␇\ufffd"
+    assert visible("Grüße, 世界\n") == "Grüße, 世界\n"
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_lines_are_remembered(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    model = save_small_mixture(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyper.cli.main", "chat", str(model), "-n", "1900"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        stop_an_answer(process, ours)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert (tmp_path / "pyper" / "chat-history").read_text().splitlines() == ["the fox"]
+
+
+def stop_an_answer(process: "subprocess.Popen[bytes]", terminal: int) -> None:
+    assert "4 experts: law, maths, novels, code" in until(terminal, "› ")
+    os.write(terminal, b"the fox\n")
+    until(terminal, "\x1b[3")  # coloured text
+    process.send_signal(signal.SIGINT)
+    shown = until(terminal, "/s\x1b[0m")
+    n_tokens = re.search(r"(\d+) tokens, ", shown)
+    assert n_tokens is not None
+    assert int(n_tokens[1]) < 1000
+    if "› " not in shown:
+        until(terminal, "› ")
+    process.send_signal(signal.SIGINT)
+    until(terminal, "/quit or Ctrl-D leaves")
+    os.write(terminal, b"\x04")
+
+
+def until(terminal: int, wanted: str, seconds: float = 30) -> str:
+    shown, deadline = b"", time.monotonic() + seconds
+    while wanted.encode() not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
+        assert ready, shown
+        shown += os.read(terminal, 4096)
+    return shown.decode(errors="replace")
