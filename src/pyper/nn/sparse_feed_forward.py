@@ -9,6 +9,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
+from pyper.kernels import (
+    combine_rows,
+    expert_feed_forward,
+    gather_rows,
+    router_gates,
+    slots_of,
+)
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.feed_forward import FeedForward, activate
 from pyper.nn.kv_cache import ROW_TILE
@@ -16,10 +23,8 @@ from pyper.nn.router_state import RouterState
 from pyper.routing.capped_choice import choose_tokens_capped
 from pyper.routing.expert_choice import (
     TokenChoice,
-    as_mask,
     capacity_of,
     choose_tokens,
-    router_probs,
 )
 from pyper.routing.layer_statistics import LayerStatistics, layer_statistics
 from pyper.routing.thresholds import above_threshold
@@ -76,9 +81,7 @@ class SparseFeedForward(nn.Module):
         tokens = rearrange(x, "b t d -> (b t) d")
         absent = None if padding is None else padding.flatten()
         # float32: here rounding changes which expert runs, not just the last digit
-        wide = torch.promote_types(x.dtype, torch.float32)
-        router_logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # (N, E)
-        gates = router_probs(router_logits, self.sparse.gate)
+        router_logits, gates = router_gates(tokens, self.router.weight, self.sparse.gate)  # (N, E)
         if self.sparse.is_expert_choice:
             rule = rule or self.state.rule(self.training)
             out, routed = self._by_experts(tokens, router_logits, gates, rule, absent, x.shape[0])
@@ -108,14 +111,15 @@ class SparseFeedForward(nn.Module):
         if rule == "calibrate":
             self.state.set_threshold(choice.kth_score)
             return self._by_experts(tokens, router_logits, gates, "threshold", padding, n_rows)
-        chosen = as_mask(choice.token_index, len(tokens))
+        slots = slots_of(choice.token_index, len(tokens))
+        chosen = slots >= 0
         gap = self.state.threshold_gap(choice.kth_score)
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
         if rule == "threshold":
             out, chosen, other = self._run_mask(tokens, gates, passing), passing, chosen
         else:
-            out, other = self._run_index(tokens, gates, choice.token_index), passing
+            out, other = self._run_index(tokens, gates, choice.token_index, slots), passing
         statistics = layer_statistics(
             chosen, gates, other=other, threshold_gap=gap, padding=padding
         )
@@ -175,12 +179,20 @@ class SparseFeedForward(nn.Module):
         out = self._run_mask(tokens, weights, chosen, n_pairs)
         return out, Routed(layer_statistics(chosen, gates, padding=padding), auxiliary)
 
-    def _run_index(self, tokens: Tensor, gates: Tensor, token_index: Tensor) -> Tensor:
+    def _run_index(
+        self, tokens: Tensor, gates: Tensor, token_index: Tensor, slots: Tensor
+    ) -> Tensor:
         """Equal numbers for every expert, token_index (E, C): batched products."""
-        out = self.down(activate(self.up(tokens[token_index]), self.activation))  # (E, C, D)
-        weight = gates.T.gather(1, token_index).to(out.dtype)
-        weighted = rearrange(out * weight.unsqueeze(-1), "e c d -> (e c) d")
-        return torch.zeros_like(tokens).index_add(0, token_index.flatten(), weighted)
+        rows = gather_rows(tokens, token_index, slots)
+        out = expert_feed_forward(
+            *(rows, token_index, gates, self.up.weight, self.down.weight),
+            activation=self.activation,
+            up_bias=self.up.bias,
+        )
+        start = None
+        if self.down.bias is not None:
+            start = ((gates * (slots >= 0)) @ self.down.bias.to(gates.dtype)).to(tokens.dtype)
+        return combine_rows(out, token_index, slots, residual=start)
 
     def _run_mask(
         self, tokens: Tensor, gates: Tensor, chosen: Tensor, n_pairs: int | None = None

@@ -1,13 +1,14 @@
 """Losses, in float32 and causal."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyper.data import Batch
+from pyper.kernels import linear_cross_entropy
 from pyper.nn import Routed, Transformer
 
 
@@ -40,7 +41,12 @@ BatchTransform = Callable[[Batch], Batch]
 def next_token_loss(model: Transformer, batch: Batch) -> LossSum:
     """Cross-entropy of the next token, in nats, weighted by `batch.weights` where given."""
     reading = model.read(batch.tokens)
-    return replace(token_loss(model.head(reading.states), batch), routed=reading.routed)
+    weights = None if batch.weights is None else batch.weights.flatten().float()
+    total = linear_cross_entropy(
+        reading.states.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights
+    )
+    weight = torch.full_like(total, batch.targets.numel()) if weights is None else weights.sum()
+    return LossSum(total, weight, reading.routed)
 
 
 def token_loss(logits: Tensor, batch: Batch) -> LossSum:

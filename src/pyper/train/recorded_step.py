@@ -1,5 +1,6 @@
 """`train_step` as two recorded CUDA graphs: a small model's step is otherwise bound by launches."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from pyper.train.step import (
 
 # Steps run as usual first: they allocate optimizer states, build kernels, choose algorithms.
 _USUAL_STEPS = 3
+# Launches of a step that takes longer (seconds) are hidden behind its kernels: recording it would
+# only keep the memory of its activations.
+_LONG_STEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,13 @@ class RecordedStep:
         # A loss function of the user's may look at its data.
         self.can_record = model.device.type == "cuda" and loss_fn is next_token_loss
         self._recording: _Recording | None = None
-        self._usual_steps = 0
+        self._usual_steps, self._seconds = 0, 0.0
         self._pool = torch.cuda.graph_pool_handle() if self.can_record else None
 
     def __call__(self, micro_batches: Sequence[Batch], rate_factor: float) -> StepResult:
         """One step, see `train_step`."""
         if not self._is_recordable(micro_batches):
-            self._usual_steps += 1
-            return train_step(self.model, micro_batches, self.optimizer, rate_factor, self.loss_fn)
+            return self._usual_step(micro_batches, rate_factor)
         recording = self._recording
         if recording is None:
             recording = self._recording = self._record(micro_batches)
@@ -67,10 +70,20 @@ class RecordedStep:
         recording.update.replay()
         return result
 
+    def _usual_step(self, micro_batches: Sequence[Batch], rate_factor: float) -> StepResult:
+        start = time.monotonic()
+        result = train_step(self.model, micro_batches, self.optimizer, rate_factor, self.loss_fn)
+        # It has waited for its gradients, and so for the update of the step before it.
+        self._seconds = time.monotonic() - start
+        self._usual_steps += 1
+        return result
+
     def _is_recordable(self, micro_batches: Sequence[Batch]) -> bool:
         if not (self.can_record and self.model.has_fixed_shapes()):
             return False
-        if self._usual_steps < _USUAL_STEPS or any(b.weights is not None for b in micro_batches):
+        if self._usual_steps < _USUAL_STEPS or self._seconds > _LONG_STEP:
+            return False
+        if any(b.weights is not None for b in micro_batches):
             return False
         if self._recording is None:
             return True
@@ -82,6 +95,7 @@ class RecordedStep:
             Batch(b.tokens.to(self.model.device), b.targets.to(self.model.device))
             for b in micro_batches
         )
+        torch.cuda.empty_cache()  # of usual steps: a recording has memory of its own
         gradients, updating = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # "thread_local": the loader's threads go on pinning memory meanwhile.
         with torch.cuda.graph(gradients, self._pool, capture_error_mode="thread_local"):
