@@ -15,6 +15,9 @@ from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.routing import mix_log_probs
 
+# Passes of the experts in memory while one that is not there is waited for.
+_PATIENCE = 256
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -39,6 +42,7 @@ class MixtureReader:
         self.mixture, self.prefill_chunk = mixture, prefill_chunk
         self.pool = PagePool(cache_tokens // PAGE_TOKENS)
         self.n_prefilled = self.n_reused = 0
+        self._n_waited = 0
         # Experts of one shape, as a rule all, take their pages from one store.
         self._stores: dict[tuple[object, ...], KVStore] = {}
 
@@ -155,8 +159,13 @@ class MixtureReader:
             job = self._within(Job(text, reading, upto), budget)
             if job is not None:
                 jobs[expert].append(job)
-        for expert, members in jobs.items():
-            self._run(expert, members)
+        if not jobs:
+            return
+        here, next_one = self._turn(list(jobs))
+        for expert in here:
+            self._run(expert, jobs[expert])
+        if next_one is not None:
+            self.mixture.load_ahead(next_one)
 
     def _reading_of(self, text: Text, expert: int, upto: int) -> Reading:
         """What the expert has read; where others have read on, their pages are taken over."""
@@ -178,6 +187,20 @@ class MixtureReader:
         # The model is known here only: it may have to make room for the next one.
         model = self.mixture.expert(expert)
         read(model, self._store(model), self.pool, jobs)
+
+    def _turn(self, wanted: list[int]) -> tuple[list[int], int | None]:
+        """The experts that run now, and one that is to be loaded meanwhile.
+
+        Who is not in memory waits while others run, but not for ever.
+        """
+        here = [e for e in wanted if self.mixture.is_loaded(e)]
+        away = [e for e in wanted if e not in here]
+        room = self.mixture.resident - len(here)
+        self._n_waited = self._n_waited + 1 if away else 0
+        if not away or (room <= 0 and self._n_waited < _PATIENCE):
+            return here, None
+        self._n_waited = 0
+        return (here, away[0]) if here else (away[:room], None)
 
     def _within(self, job: Job, budget: dict[int, int]) -> Job | None:
         """As much of a job as the budget of its expert allows; single tokens are always read."""

@@ -18,11 +18,17 @@ def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in tied}
 
 
-def load_tensors_into(model: Transformer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `model_tensors`. Raises CheckpointError when names or shapes differ."""
+def load_tensors_into(
+    model: Transformer, tensors: dict[str, torch.Tensor], *, keep: bool = False
+) -> None:
+    """The inverse of `model_tensors`. Raises CheckpointError when names or shapes differ.
+
+    keep: the model takes over the tensors themselves, which may be views of a mapped file: then
+    an expert is in memory once, and only as far as it was used.
+    """
     hint = "the checkpoint was made with another `[model]`; use another run folder"
     try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=keep)
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip()
         raise CheckpointError(f"the weights do not fit the model: {line}", hint=hint) from None
@@ -45,20 +51,28 @@ def read_expert_config(file: Path) -> ExpertConfig:
 
 
 def build_expert(
-    config: ExpertConfig, tensors: dict[str, torch.Tensor], *, device: torch.device
+    config: ExpertConfig,
+    tensors: dict[str, torch.Tensor],
+    *,
+    device: torch.device,
+    keep: bool = False,
 ) -> Transformer:
-    """A model of these weights, without first drawing random ones; in evaluation mode."""
+    """A model of these weights, without first drawing random ones; in evaluation mode.
+
+    keep: see `load_tensors_into`; the tensors must be on the device.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     dtype = tensors["embedding.weight"].dtype
     model = model.to(dtype).to_empty(device=device)
+    load_tensors_into(model, tensors, keep=keep)
     if config.tie_embeddings:  # to_empty gave the shared matrix two homes
         model.head.weight = model.embedding.weight
-    load_tensors_into(model, tensors)
     return model.eval()
 
 
 def load_expert(folder: Path, *, device: torch.device, verify: bool = True) -> Transformer:
     """The expert in a folder; its hashes are checked first where the folder has a manifest."""
     config = read_expert_config(folder / "config.json")
-    return build_expert(config, load_model_tensors(folder, verify=verify), device=device)
+    tensors = load_model_tensors(folder, verify=verify)
+    return build_expert(config, tensors, device=device, keep=device.type == "cpu")

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Mixture:
         self._loaders = list(loaders)
         self._resident = resident or len(loaders)
         self._loaded: OrderedDict[int, Transformer] = OrderedDict()
+        self._coming: tuple[int, Future[Transformer]] | None = None
 
     @property
     def n_experts(self) -> int:
@@ -46,16 +48,50 @@ class Mixture:
     @property
     def n_loaded(self) -> int:
         """How many experts are in memory now."""
-        return len(self._loaded)
+        return len(self._loaded) + (self._coming is not None)
+
+    @property
+    def resident(self) -> int:
+        """How many experts may be in memory."""
+        return self._resident
+
+    def is_loaded(self, index: int) -> bool:
+        """Whether an expert can be used without waiting for it."""
+        if self._coming is not None and self._coming[1].done():
+            self._settle()
+        return index in self._loaded
 
     def expert(self, index: int) -> Transformer:
         """Expert `index`, loaded on first use; the least recently used one makes room."""
         if index not in self._loaded:
-            while len(self._loaded) >= self._resident:
-                self._loaded.popitem(last=False)
+            self._settle()
+        if index not in self._loaded:
+            self._make_room()
             self._loaded[index] = self._loaders[index]()
         self._loaded.move_to_end(index)
         return self._loaded[index]
+
+    def load_ahead(self, index: int) -> None:
+        """Begin to load an expert beside what goes on; the least recently used one makes room.
+
+        One at a time: while another is coming, nothing happens.
+        """
+        if self._coming is None and not self.is_loaded(index):
+            self._make_room()
+            pool = ThreadPoolExecutor(max_workers=1)
+            self._coming = index, pool.submit(self._loaders[index])
+            pool.shutdown(wait=False)  # it ends with this expert
+
+    def _settle(self) -> None:
+        """Wait for the expert that is being loaded, if there is one."""
+        if self._coming is not None:
+            index, coming = self._coming
+            self._coming = None
+            self._loaded[index] = coming.result()
+
+    def _make_room(self) -> None:
+        while len(self._loaded) >= self._resident:
+            self._loaded.popitem(last=False)
 
     # Scoring
 

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,7 +108,7 @@ def load_mixture(
             hint="copy the mixture again, or `pyper mix` again",
         )
     loaders = [
-        partial(_load_verified, folder, name, torch.device(device))
+        _VerifiedExpert(folder, name, torch.device(device))
         for name in expert_folders(settings)
     ]
     router = _load_router(folder, settings, torch.device(device))
@@ -142,9 +141,21 @@ def read_settings(folder: Path) -> MixtureSettings:
         ) from None
 
 
-def _load_verified(folder: Path, name: str, device: torch.device) -> Transformer:
-    verify_manifest(folder, only=[f"{name}/{_CONFIG}", f"{name}/{_WEIGHTS}"])
-    return load_expert(folder / name, device=device, verify=False)
+@dataclass
+class _VerifiedExpert:
+    """Loads an expert of a mixture; its hashes are checked the first time."""
+
+    folder: Path
+    name: str
+    device: torch.device
+    verified: bool = False
+
+    def __call__(self) -> Transformer:
+        if not self.verified:
+            files = [f"{self.name}/{_CONFIG}", f"{self.name}/{_WEIGHTS}"]
+            verify_manifest(self.folder, only=files)
+            self.verified = True
+        return load_expert(self.folder / self.name, device=self.device, verify=False)
 
 
 def _load_router(
