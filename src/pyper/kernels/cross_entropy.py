@@ -69,8 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         chunk = chunk_tokens or max(1, _CHUNK_LOGITS // len(weight))
         gradients = [ctx.needs_input_grad[i] for i in (0, 1)]
+        weights = None if token_weights is None else token_weights.contiguous()
         loss, dx, dweight = chunked_cross_entropy(
-            x.contiguous(), weight.contiguous(), targets, token_weights, chunk, *gradients
+            x.contiguous(), weight.contiguous(), targets.contiguous(), weights, chunk, *gradients
         )
         ctx.save_for_backward(dx, dweight)
         ctx.weight_dtype = weight.dtype
@@ -99,7 +100,10 @@ def chunked_cross_entropy(
     want_dx: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and where wanted (else empty) its gradients: x's, and the weight's in float32."""
+    """The loss, and where wanted (else empty) its gradients: x's, and the weight's in float32.
+
+    All tensors contiguous.
+    """
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if want_dweight else 0, dtype=torch.float32)
     losses = x.new_empty(len(x), dtype=torch.float32)

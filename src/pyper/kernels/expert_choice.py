@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyper.config.expert import Activation
+from pyper.config.sparse import Gate
 from pyper.kernels import launch
 from pyper.kernels.activation import (
     activate_rows_torch,
@@ -20,7 +21,6 @@ from pyper.kernels.activation import (
 )
 from pyper.kernels.choice import Choice, choose
 from pyper.kernels.router import (
-    Gate,
     logits_gradient,
     router_forward,
     router_gates_torch,
@@ -211,7 +211,7 @@ class _ExpertFeedForward(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         pre = _up(rows, up, up_bias)
-        gates = gates.contiguous()
+        token_index, gates = token_index.contiguous(), gates.contiguous()
         hidden = activation_forward(pre, activation, token_index, gates)
         kept = None if recompute else hidden
         ctx.save_for_backward(rows, token_index, gates, up, down, pre, kept)

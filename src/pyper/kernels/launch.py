@@ -11,7 +11,10 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether work on x goes to a Triton kernel: bf16, fp32 or an index on CUDA, with Triton."""
+    """Whether work on x goes to a Triton kernel: bf16, fp32 or an index on CUDA, with Triton.
+
+    Kernels run on the current device, which is to be that of x.
+    """
     return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES
 
 

@@ -5,20 +5,19 @@ meet the weight as a sum of three bf16 terms, which together hold all 24 bits of
 cores do the work and nothing is rounded but the sums.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyper.config.sparse import Gate
 from pyper.kernels import launch
 from pyper.kernels.launch import block_of, wide
 
 if launch.HAS_TRITON:
     import triton
     import triton.language as tl
-
-Gate = Literal["softmax", "sigmoid"]
 
 
 def router_gates(x: Tensor, weight: Tensor, gate: Gate = "softmax") -> tuple[Tensor, Tensor]:
@@ -173,10 +172,11 @@ if launch.HAS_TRITON:
             w = tl.load(weight_ptr + e[None, :] * D + d[:, None], mask=known, other=0.0)
             w = w.to(tl.float32)
             if x.dtype == tl.bfloat16:
+                # Tensor cores cut sums off instead of rounding: few go into each, many are added.
                 high, middle, low = _thirds(w)
-                logits = tl.dot(x, low, logits)
-                logits = tl.dot(x, middle, logits)
-                logits = tl.dot(x, high, logits)
+                part = tl.dot(x, low)
+                part = tl.dot(x, middle, part)
+                logits += tl.dot(x, high, part)
             else:
                 logits = tl.dot(x, w, logits, input_precision="ieee")
         logits = tl.where((e < E)[None, :], logits, float("-inf"))
@@ -240,9 +240,9 @@ if launch.HAS_TRITON:
             x = tl.load(x_ptr + n[:, None] * D + d[None, :], mask=inside, other=0.0)
             if x.dtype == tl.bfloat16:
                 high, middle, low = _thirds(dlogits)
-                total = tl.dot(low, x, total)
-                total = tl.dot(middle, x, total)
-                total = tl.dot(high, x, total)
+                part = tl.dot(low, x)
+                part = tl.dot(middle, x, part)
+                total += tl.dot(high, x, part)
             else:
                 total = tl.dot(dlogits, x, total, input_precision="ieee")
         at = tl.program_id(1).to(tl.int64) * E * D + e[:, None] * D + d[None, :]

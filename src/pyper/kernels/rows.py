@@ -68,7 +68,7 @@ def combine_rows_torch(
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_index: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
+        ctx.save_for_backward(slots.contiguous())
         return take_rows(x.contiguous(), token_index)
 
     @staticmethod
@@ -87,7 +87,7 @@ class _CombineRows(torch.autograd.Function):
         gates: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        rows = rows.contiguous()
+        rows, token_index, slots = rows.contiguous(), token_index.contiguous(), slots.contiguous()
         gates = None if gates is None else gates.contiguous()
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(token_index, gates, None if gates is None else rows)
