@@ -15,6 +15,7 @@ from pyper.serve.api_error import ApiError, bad_request, error_body
 from pyper.serve.bodies import Body, ChatBody, CompletionBody, EmbeddingBody
 from pyper.serve.guard import App, Guard
 from pyper.serve.metrics import CONTENT_TYPE, Metrics
+from pyper.serve.model_names import ModelNames
 from pyper.serve.reading import receive_body
 from pyper.serve.replies import (
     JsonResponse,
@@ -59,12 +60,12 @@ def build_app(service: Service, settings: ServeSettings) -> App:
 def _add_models(app: FastAPI, service: Service, settings: ServeSettings) -> None:
     engine, limits, names = service.engine, settings.limits, service.names
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionBody, names))
     async def completions(request: Request) -> Response:
         body = await receive_body(request, CompletionBody, limits)
         return await _reply(request, body, await service.complete(body))
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatBody, names))
     async def chat_completions(request: Request) -> Response:
         body = await receive_body(request, ChatBody, limits)
         return await _reply(request, body, await service.chat(body))
@@ -75,7 +76,7 @@ def _add_models(app: FastAPI, service: Service, settings: ServeSettings) -> None
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return reply_in_parts(begun, engine, with_usage=with_usage)
 
-    @app.post("/v1/embeddings", openapi_extra=_takes(EmbeddingBody))
+    @app.post("/v1/embeddings", openapi_extra=_takes(EmbeddingBody, names))
     async def embeddings(request: Request) -> Response:
         body = await receive_body(request, EmbeddingBody, limits)
         return JsonResponse(await unless_disconnected(request, service.embed(body)))
@@ -116,10 +117,23 @@ def _add_page(app: FastAPI) -> None:
         serve(path, name, media_type)
 
 
-def _takes(body: type[Body]) -> dict[str, Any]:
+def _takes(body: type[Body], names: ModelNames) -> dict[str, Any]:
     """For the OpenAPI description: bodies are read strictly and by hand, FastAPI sees none."""
-    content = {"application/json": {"schema": body.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    schema = body.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
+    schema["properties"]["model"]["enum"] = list(names)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """Without `$ref`: pydantic's lead to a place that the whole document does not have."""
+    if isinstance(schema, list):
+        return [_inlined(item, parts) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rsplit("/", 1)[1]], parts)
+    return {key: _inlined(value, parts) for key, value in schema.items()}
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -1,5 +1,6 @@
 """The names that requests may ask for: the mixture, and each of its experts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pyper.serve.api_error import ApiError
@@ -13,6 +14,9 @@ class ModelNames:
         self._context, self._created = context, created
         self._index: dict[str, int | None] = {name: None}
         self._index |= {f"{name}/expert-{i}": i for i in range(len(experts))}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
 
     def expert_of(self, model: str) -> int | None:
         """The expert that a name pins; None for the mixture. Raises ApiError 404."""
@@ -41,4 +45,4 @@ class ModelNames:
 
     def describe_all(self) -> dict[str, Any]:
         """GET /v1/models."""
-        return {"object": "list", "data": [self.describe(model) for model in self._index]}
+        return {"object": "list", "data": [self.describe(model) for model in self]}
