@@ -14,6 +14,7 @@ from pyper.kernels.expert_choice import (
     expert_feed_forward_torch,
 )
 from pyper.kernels.launch import runs_triton
+from pyper.kernels.paged_attention import paged_attention, paged_attention_torch
 from pyper.kernels.router import router_gates, router_gates_torch
 from pyper.kernels.rows import combine_rows, combine_rows_torch, gather_rows, gather_rows_torch
 
@@ -33,6 +34,8 @@ __all__ = [
     "gather_rows_torch",
     "linear_cross_entropy",
     "linear_cross_entropy_torch",
+    "paged_attention",
+    "paged_attention_torch",
     "router_gates",
     "router_gates_torch",
     "runs_triton",

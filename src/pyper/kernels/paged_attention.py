@@ -1,0 +1,212 @@
+"""One new token per text attends to its past, which lies in pages of a cache.
+
+The past is cut into parts that are read side by side (split-KV, "Flash-Decoding"): one text with
+16 heads would otherwise keep 16 of a GPU's hundred processors busy. Only what a text has is read.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyper.kernels import launch
+from pyper.kernels.launch import block_of
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+# Programs that fill a large GPU; more parts than this do not pay for putting them together.
+_PROGRAMS, _MOST_PARTS = 512, 16
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    page_tokens: int,
+) -> Tensor:
+    """Store key and value (B, kv_heads, K) of one token per text; what query (B, H, K) reads.
+
+    keys, values: (n_slots, kv_heads, K), changed in place. pages: (B, n_pages) int64, those of each
+    text in order, `page_tokens` slots each; positions: (B,) int64, of the tokens in their texts.
+    The softmax is in float32. Returns (B, H, K) in the type of the query.
+    """
+    if not launch.runs_triton(query):
+        return paged_attention_torch(query, key, value, keys, values, pages, positions, page_tokens)
+    return _paged_attention_op(query, key, value, keys, values, pages, positions, page_tokens)
+
+
+def paged_attention_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    page_tokens: int,
+) -> Tensor:
+    """The twin of `paged_attention`, in plain torch."""
+    page = pages.gather(1, positions[:, None] // page_tokens).squeeze(1)
+    slot = page * page_tokens + positions % page_tokens
+    keys.index_copy_(0, slot, key)
+    values.index_copy_(0, slot, value)
+    within = torch.arange(page_tokens, device=pages.device)
+    slots = (pages[..., None] * page_tokens + within).flatten(1)  # (B, S)
+    mask = torch.arange(slots.shape[1], device=pages.device) <= positions[:, None]
+    out = F.scaled_dot_product_attention(
+        query.unsqueeze(2),
+        keys[slots].transpose(1, 2),
+        values[slots].transpose(1, 2),
+        attn_mask=mask[:, None, None],
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.squeeze(2)
+
+
+@torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values"))
+def _paged_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    page_tokens: int,
+) -> Tensor:
+    """All but `pages` contiguous."""
+    (B, H, K), n_kv_heads = query.shape, key.shape[1]
+    groups, width = H // n_kv_heads, block_of(K, 1 << 20)
+    block_g = block_of(groups, 1 << 20)
+    n_parts = block_of(max(_PROGRAMS // (B * n_kv_heads), 1), _MOST_PARTS)
+    out = torch.empty_like(query)
+    shape = (B, H, n_parts)
+    part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
+    log_sum = query.new_empty(shape, dtype=torch.float32)
+    _attend_part[(B, n_kv_heads, n_parts)](
+        *(query, key, value, keys, values, pages, positions, part, log_sum),
+        *(pages.stride(0), K**-0.5),
+        K=K,
+        GROUPS=groups,
+        PAGE=page_tokens,
+        BLOCK_G=block_g,
+        BLOCK_S=max(64 // block_g, page_tokens),
+        BLOCK_K=width,
+        num_warps=4,
+    )
+    if n_parts > 1:
+        _join_parts[(B * H,)](part, log_sum, out, K=K, N_PARTS=n_parts, BLOCK_K=width, num_warps=2)
+    return out
+
+
+@_paged_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    page_tokens: int,
+) -> Tensor:
+    return torch.empty_like(query)
+
+
+if launch.HAS_TRITON:
+
+    @triton.jit
+    def _attend_part(
+        query_ptr,
+        key_ptr,
+        value_ptr,
+        keys_ptr,
+        values_ptr,
+        pages_ptr,
+        positions_ptr,
+        part_ptr,
+        log_sum_ptr,
+        pages_stride,
+        scale,
+        K: tl.constexpr,
+        GROUPS: tl.constexpr,
+        PAGE: tl.constexpr,
+        BLOCK_G: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+        # Parts are whole blocks: a part may be empty, and then weighs nothing.
+        position = tl.load(positions_ptr + b).to(tl.int32)
+        per_part = tl.cdiv(tl.cdiv(position + 1, BLOCK_S), n_parts) * BLOCK_S
+        start = part * per_part
+        end = tl.minimum(start + per_part, position + 1)
+        row = (b * n_kv_heads + h) * GROUPS + g  # of the queries, in (B · H)
+        in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
+        query = tl.load(query_ptr + row[:, None] * K + d[None, :], mask=in_query, other=0.0)
+        query = query.to(tl.float32) * scale
+        at_new = (b * n_kv_heads + h) * K + d
+        new_key = tl.load(key_ptr + at_new, mask=d < K, other=0.0)
+        new_value = tl.load(value_ptr + at_new, mask=d < K, other=0.0)
+        highest = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_G,), dtype=tl.float32)
+        mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
+        block = start
+        while block < end:
+            s = block + tl.arange(0, BLOCK_S)
+            page = tl.load(pages_ptr + b * pages_stride + s // PAGE, mask=s < end, other=0)
+            at = ((page * PAGE + s % PAGE) * n_kv_heads + h)[:, None] * K + d[None, :]
+            # The new token is not in the cache yet.
+            there = (s < tl.minimum(end, position))[:, None] & (d < K)[None, :]
+            is_new = (s == position)[:, None]
+            key = tl.load(keys_ptr + at, mask=there, other=0.0)
+            key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
+            scores = tl.sum(query[:, None, :] * key[None, :, :], axis=2)  # (G, S)
+            scores = tl.where((s < end)[None, :], scores, float("-inf"))
+            now = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp(scores - now[:, None])
+            shrink = tl.exp(highest - now)
+            value = tl.load(values_ptr + at, mask=there, other=0.0)
+            value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
+            mixed = mixed * shrink[:, None]
+            mixed += tl.sum(weights[:, :, None] * value[None, :, :], axis=1)
+            total = total * shrink + tl.sum(weights, axis=1)
+            highest = now
+            block += BLOCK_S
+        if (start <= position) & (position < end):
+            page = tl.load(pages_ptr + b * pages_stride + position // PAGE)
+            at = ((page * PAGE + position % PAGE) * n_kv_heads + h) * K + d
+            tl.store(keys_ptr + at, new_key, mask=d < K)
+            tl.store(values_ptr + at, new_value, mask=d < K)
+        nothing = total == 0
+        mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
+        log_sum = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, total)))
+        out = row * n_parts + part
+        tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
+        tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
+
+    @triton.jit
+    def _join_parts(
+        part_ptr,
+        log_sum_ptr,
+        out_ptr,
+        K: tl.constexpr,
+        N_PARTS: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        row = tl.program_id(0)
+        p, d = tl.arange(0, N_PARTS), tl.arange(0, BLOCK_K)
+        log_sum = tl.load(log_sum_ptr + row * N_PARTS + p)
+        weights = tl.exp(log_sum - tl.max(log_sum, axis=0))  # the new token's part is not empty
+        weights = weights / tl.sum(weights, axis=0)
+        at = (row * N_PARTS + p)[:, None] * K + d[None, :]
+        parts = tl.load(part_ptr + at, mask=(d < K)[None, :], other=0.0)
+        mixed = tl.sum(weights[:, None] * parts, axis=0)
+        tl.store(out_ptr + row * K + d, mixed, mask=d < K)
