@@ -147,7 +147,8 @@ def _log_probs(
             scores += log_probs.gather(1, target[:, None]).squeeze(1).tolist()
         else:  # a GPU need not be waited for
             scores += [0.0] * len(index)
-        kept = torch.tensor([end - start for end in ends if start <= end < part.stop])
+        here = [end - start for end in ends if start <= end < part.stop]
+        kept = torch.tensor(here, dtype=torch.long)  # also where there are none
         last += log_probs[kept.to(states.device)].unbind()
     return scores, last
 
