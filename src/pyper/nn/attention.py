@@ -48,14 +48,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Attend within x (B, T, D), and to the cached past where there is one."""
-        # Queries and keys are normalised and turned together: fewer, larger operations.
-        width, kv_width, _ = self.widths
-        query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
-        query_key = rearrange(query_key, "b t (h k) -> b t h k", h=self.n_heads + self.n_kv_heads)
-        query_key = apply_rotation(self._normalize(query_key), context.cos, context.sin)
-        query_key = rearrange(query_key, "b t h k -> b h t k")
-        query, key = query_key.split((self.n_heads, self.n_kv_heads), dim=1)
-        value = rearrange(value, "b t (h k) -> b h t k", h=self.n_kv_heads)
+        query, key, value = self.query_key_value(x, context.cos, context.sin)
         if context.cached is not None:
             mixed = context.cached.attend(layer, query, key, value)
         elif context.mask is None:
@@ -67,6 +60,18 @@ class Attention(nn.Module):
             )
         out: Tensor = self.out(rearrange(mixed, "b h t k -> b t (h k)"))
         return out
+
+    def query_key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, K), key and value (B, kv_heads, T, K) of x (B, T, D), turned."""
+        # Queries and keys are normalised and turned together: fewer, larger operations.
+        width, kv_width, _ = self.widths
+        query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
+        query_key = rearrange(query_key, "b t (h k) -> b t h k", h=self.n_heads + self.n_kv_heads)
+        query_key = apply_rotation(self._normalize(query_key), cos, sin)
+        query_key = rearrange(query_key, "b t h k -> b h t k")
+        query, key = query_key.split((self.n_heads, self.n_kv_heads), dim=1)
+        value = rearrange(value, "b t (h k) -> b h t k", h=self.n_kv_heads)
+        return query, key, value
 
     def _normalize(self, query_key: Tensor) -> Tensor:
         """QK-norm of queries and keys (B, T, H + kv_heads, K), each with its own gain."""
