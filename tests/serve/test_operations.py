@@ -199,7 +199,10 @@ class TestObserving:
 class TestShutdown:
     """SIGTERM and Ctrl-C."""
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(
+        ("number", "code"),
+        [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    )
     def test_what_runs_is_finished_first(
         self, small_mixture_folder: Path, number: int, code: int
     ) -> None:
