@@ -27,12 +27,15 @@ def decode(
     starts: list[int],
     ends: list[int] | None = None,
     prefill_chunk: int = 512,
+    fixed_shapes: bool | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Give the texts (B, T) token by token from `starts` to `ends`: what is predicted of each.
 
     Rows (R,), their lengths (R,), log-probabilities (R, V) and weights (R, E) of every step.
     """
-    reader = MixtureReader(mixture, cache_tokens=4096, prefill_chunk=prefill_chunk)
+    reader = MixtureReader(
+        mixture, cache_tokens=4096, prefill_chunk=prefill_chunk, fixed_shapes=fixed_shapes
+    )
     texts = [
         reader.open(row[:start].tolist(), tokens.shape[1])
         for row, start in zip(tokens, starts, strict=True)

@@ -41,10 +41,23 @@ class BatchEngine:
     thread-safe: one thread owns it.
     """
 
-    def __init__(self, mixture: Mixture, tokenizer: TextTokenizer, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: TextTokenizer,
+        limits: EngineLimits,
+        *,
+        compiled: bool = False,
+        fixed_shapes: bool | None = None,
+    ) -> None:
+        """compiled, fixed_shapes: see `MixtureReader`."""
         self.mixture, self.tokenizer, self.limits = mixture, tokenizer, limits
         self._reader = MixtureReader(
-            mixture, cache_tokens=limits.cache_tokens, prefill_chunk=limits.prefill_chunk
+            mixture,
+            cache_tokens=limits.cache_tokens,
+            prefill_chunk=limits.prefill_chunk,
+            compiled=compiled,
+            fixed_shapes=fixed_shapes,
         )
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Running] = {}

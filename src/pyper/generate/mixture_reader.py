@@ -4,13 +4,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from pyper.generate.expert_runner import ExpertRunner
 from pyper.generate.mixing_state import MixingState, posterior_of
 from pyper.generate.pages import PagePool
-from pyper.generate.reading import Job, Reading, Text, begin_reading, read
+from pyper.generate.reading import Job, Reading, Text, begin_reading
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.routing import mix_log_probs
@@ -38,13 +40,29 @@ class MixtureReader:
     A text's predictions do not depend on the other texts, on a CPU to the last bit.
     """
 
-    def __init__(self, mixture: Mixture, *, cache_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        cache_tokens: int,
+        prefill_chunk: int,
+        compiled: bool = False,
+        fixed_shapes: bool | None = None,
+    ) -> None:
+        """compiled: decoding steps go through `torch.compile` (on a GPU: faster, after a minute).
+
+        fixed_shapes: single tokens are read in fixed shapes; None: on a GPU, where those are
+        recorded as CUDA graphs. On a CPU that costs the last bits' independence of neighbours.
+        """
         self.mixture, self.prefill_chunk = mixture, prefill_chunk
+        self.compiled, self.fixed_shapes = compiled, fixed_shapes
         self.pool = PagePool(cache_tokens // PAGE_TOKENS)
         self.n_prefilled = self.n_reused = 0
         self._n_waited = 0
         # Experts of one shape, as a rule all, take their pages from one store.
         self._stores: dict[tuple[object, ...], KVStore] = {}
+        self._runners: WeakKeyDictionary[Transformer, ExpertRunner] = WeakKeyDictionary()
+        self._graph_pool: object = None
 
     def pages_for(self, n_tokens: int, capacity: int, pinned: int | None) -> int:
         """The most pages that a text may come to use, `n_tokens` into it."""
@@ -186,7 +204,23 @@ class MixtureReader:
     def _run(self, expert: int, jobs: list[Job]) -> None:
         # The model is known here only: it may have to make room for the next one.
         model = self.mixture.expert(expert)
-        read(model, self._store(model), self.pool, jobs)
+        self._runner(model).read(model, jobs, self.pool)
+
+    def _runner(self, model: Transformer) -> ExpertRunner:
+        runner = self._runners.get(model)
+        if runner is None:
+            is_gpu = model.device.type == "cuda"
+            if is_gpu and self._graph_pool is None:
+                self._graph_pool = torch.cuda.graph_pool_handle()
+            runner = self._runners[model] = ExpertRunner(
+                model,
+                self._store(model),
+                self.mixture.settings.seq_len,
+                fixed_shapes=is_gpu if self.fixed_shapes is None else self.fixed_shapes,
+                compiled=self.compiled and is_gpu,
+                graph_pool=self._graph_pool,
+            )
+        return runner
 
     def _turn(self, wanted: list[int]) -> tuple[list[int], int | None]:
         """The experts that run now, and one that is to be loaded meanwhile.

@@ -91,15 +91,19 @@ def read(model: Transformer, store: KVStore, pool: PagePool, jobs: Sequence[Job]
     """Run the jobs of one expert in one pass; each reading then knows its next prediction."""
     jobs = sorted(jobs, key=lambda job: job.n_new)  # equal lengths share one attention
     for job in jobs:
-        pages = job.reading.pages
-        pages.extend(pool.take() for _ in range(-(-job.upto // PAGE_TOKENS) - len(pages)))
+        take_pages(job, pool)
     chunks = [Chunk(job.reading.pages, job.start, job.n_new, job.n_held) for job in jobs]
     tokens = [token for job in jobs for token in job.text.tokens[job.start : job.upto]]
     states = model.read_cached(torch.tensor(tokens).to(model.device), CachePass.plan(store, chunks))
     _predict(model, states, jobs)
     for job in jobs:
-        job.reading.n_read = job.upto
-        _publish(job, pool)
+        finish(job, pool)
+
+
+def take_pages(job: Job, pool: PagePool) -> None:
+    """Room for what the job reads."""
+    pages = job.reading.pages
+    pages.extend(pool.take() for _ in range(-(-job.upto // PAGE_TOKENS) - len(pages)))
 
 
 def _predict(model: Transformer, states: Tensor, jobs: Sequence[Job]) -> None:
@@ -153,9 +157,10 @@ def _log_probs(
     return scores, last
 
 
-def _publish(job: Job, pool: PagePool) -> None:
-    """Full pages become readable for texts that begin alike."""
+def finish(job: Job, pool: PagePool) -> None:
+    """The job is done: full pages become readable for texts that begin alike."""
     reading, state = job.reading, job.text.state
+    reading.n_read = job.upto
     for number in range(len(reading.published), reading.n_read // PAGE_TOKENS):
         at = slice(number * PAGE_TOKENS, (number + 1) * PAGE_TOKENS)
         known = min(at.stop, state.n_scored) <= reading.n_scored
