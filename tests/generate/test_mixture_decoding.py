@@ -52,7 +52,7 @@ def decode(
         for said in reader.predict(reader.advance(running)):
             rows = [next(i for i, t in enumerate(texts) if t is text) for text in said.texts]
             lengths = [len(text.tokens) for text in said.texts]
-            weights = torch.stack([text.log_weights for text in said.texts]).exp()
+            weights = torch.tensor([text.weights for text in said.texts])
             yield torch.tensor(rows), torch.tensor(lengths), said.log_probs, weights
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 token = int(tokens[row, length])

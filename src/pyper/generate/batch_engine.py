@@ -215,16 +215,16 @@ class BatchEngine:
                 finished = "length"
         if finished is not None:
             shown += row.shown.finish()
-        assert row.text.log_weights is not None
-        weights = row.text.log_weights.exp()
+        weights = row.text.weights
+        assert weights is not None
         return Event(
             row.request_id,
             token,
             shown,
             log_prob,
             alternatives,
-            int(weights.argmax()),
-            tuple(weights.tolist()),
+            weights.index(max(weights)),
+            weights,
             finished,
         )
 

@@ -98,7 +98,7 @@ class MixingState:
 
 
 def posterior_of(states: list[MixingState]) -> Tensor:
-    """Log weights (R, E) of texts whose evidence has been taken in; unlikely experts stop for good.
+    """Weights (R, E) of texts whose evidence has been taken in; unlikely experts stop for good.
 
     Under `top1` and `window` this is the cold start: all experts, none dropped.
     """
@@ -107,11 +107,11 @@ def posterior_of(states: list[MixingState]) -> Tensor:
     live = torch.tensor([state.live for state in states])
     log_weights = evidence.masked_fill(~live, -math.inf).log_softmax(dim=-1)
     if settings.mixing != "posterior":
-        return log_weights.float()
+        return log_weights.exp().float()
     if settings.prune > 0:
         # Many experts begin with little each: half of an equal share is no evidence against one.
         threshold = min(settings.prune, 0.5 / log_weights.shape[-1])
         log_weights = prune(log_weights, threshold)
         for state, kept in zip(states, torch.isfinite(log_weights).tolist(), strict=True):
             state.live = kept
-    return keep_top_k(log_weights, min(settings.top_k, log_weights.shape[-1])).float()
+    return keep_top_k(log_weights, min(settings.top_k, log_weights.shape[-1])).exp().float()

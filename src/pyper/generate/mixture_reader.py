@@ -59,6 +59,8 @@ class MixtureReader:
         self.pool = PagePool(cache_tokens // PAGE_TOKENS)
         self.n_prefilled = self.n_reused = 0
         self._n_waited = 0
+        n = mixture.n_experts
+        self._one_expert = [tuple(float(e == chosen) for e in range(n)) for chosen in range(n)]
         # Experts of one shape, as a rule all, take their pages from one store.
         self._stores: dict[tuple[object, ...], KVStore] = {}
         self._runners: WeakKeyDictionary[Transformer, ExpertRunner] = WeakKeyDictionary()
@@ -82,7 +84,7 @@ class MixtureReader:
         whole, state = -(-text.capacity // PAGE_TOKENS), text.state
         if self.mixture.settings.mixing == "posterior":
             return sum(state.live) * whole
-        if state.is_settled(len(text.tokens)) and text.log_weights is not None:
+        if state.is_settled(len(text.tokens)) and text.weights is not None:
             return whole
         return self.pages_for(len(text.tokens), text.capacity, state.pinned)
 
@@ -143,26 +145,25 @@ class MixtureReader:
                 text.state.take_in(len(text.tokens))
                 undecided.append(text)
             else:
-                text.log_weights = torch.full((self.mixture.n_experts,), -torch.inf)
-                text.log_weights[decided] = 0.0
+                text.weights = self._one_expert[decided]
                 if text.state.is_settled(len(text.tokens)):
-                    text.state.live = [e == decided for e in range(self.mixture.n_experts)]
+                    text.state.live = [weight > 0 for weight in text.weights]
         if undecided:
-            weights = posterior_of([t.state for t in undecided])
-            for text, log_weights in zip(undecided, weights, strict=True):
-                text.log_weights = log_weights
+            weights = posterior_of([t.state for t in undecided]).tolist()
+            for text, row in zip(undecided, weights, strict=True):
+                text.weights = tuple(row)
         for text in texts:
             for expert in [e for e in text.readings if not text.state.live[e]]:
                 self._forget(text, expert)
 
     def _mix(self, members: list[tuple[Text, list[int]]]) -> Predictions:
         texts, experts = [m[0] for m in members], [m[1] for m in members]
-        rows = [[_last(t, e) for e in es] for t, es in members]
-        per_expert = torch.stack([torch.stack(row) for row in rows])
+        rows = [_last(t, e) for t, es in members for e in es]
+        per_expert = torch.stack(rows).view(len(members), -1, len(rows[0]))
         if per_expert.shape[1] == 1:
             return Predictions(texts, experts, per_expert[:, 0], per_expert)
-        weights = torch.stack([_weights(t)[es] for t, es in members])
-        mixed = mix_log_probs(weights.to(per_expert.device), per_expert)
+        weights = torch.tensor([[_weights(t)[e] for e in es] for t, es in members])
+        mixed = mix_log_probs(weights.log().to(per_expert.device), per_expert)
         return Predictions(texts, experts, mixed, per_expert)
 
     def _read(self, due: Sequence[tuple[Text, int, int]], budget: dict[int, int]) -> None:
@@ -265,15 +266,14 @@ def _live(text: Text) -> list[int]:
     return [expert for expert, is_live in enumerate(text.state.live) if is_live]
 
 
-def _weights(text: Text) -> Tensor:
-    assert text.log_weights is not None
-    return text.log_weights
+def _weights(text: Text) -> tuple[float, ...]:
+    assert text.weights is not None
+    return text.weights
 
 
 def _used(text: Text) -> list[int]:
     """Experts with a share in the next prediction."""
-    used: list[int] = torch.isfinite(_weights(text)).nonzero().flatten().tolist()
-    return used
+    return [expert for expert, weight in enumerate(_weights(text)) if weight > 0]
 
 
 def _last(text: Text, expert: int) -> Tensor:

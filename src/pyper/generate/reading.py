@@ -40,8 +40,8 @@ class Text:
     """The most tokens that it will have."""
     state: MixingState
     readings: dict[int, Reading] = field(default_factory=dict)
-    log_weights: Tensor | None = None
-    """(E,), of the next prediction, once it is known."""
+    weights: tuple[float, ...] | None = None
+    """(E,), of the next prediction, once they are known."""
 
 
 @dataclass(frozen=True)
