@@ -2,6 +2,7 @@
 
 from pyper.generate.batch_engine import BatchEngine
 from pyper.generate.engine import Completion, Piece, complete, encode_prompt, stream
+from pyper.generate.int8 import with_int8_weights
 from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw, filtered_probs
 from pyper.generate.text import TextStream
@@ -23,4 +24,5 @@ __all__ = [
     "encode_prompt",
     "filtered_probs",
     "stream",
+    "with_int8_weights",
 ]

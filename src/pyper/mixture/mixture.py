@@ -143,6 +143,15 @@ class Mixture:
 
     # Changing the set of experts
 
+    @property
+    def loaders(self) -> tuple[ExpertLoader, ...]:
+        """What loads each expert."""
+        return tuple(self._loaders)
+
+    def with_loaders(self, loaders: Sequence[ExpertLoader]) -> "Mixture":
+        """The same rule over as many other experts."""
+        return Mixture(self.settings, loaders, self.router, resident=self._resident)
+
     def with_expert(self, name: str, loader: ExpertLoader, counts: Tensor | None) -> "Mixture":
         """The mixture and one more expert; the others stay as they are.
 
