@@ -1,0 +1,327 @@
+"""Decoding one expert beside transformers' and a plain CUDA-graph loop: tokens per second.
+
+    python benchmarks/decode.py [--json FILE] [--only NAME …] [--batch 64] [--context 512]
+
+The shape of `8x1b5` (1.54 B parameters, bf16) on a GPU; without one a tiny model on the CPU, whose
+numbers say only that everything runs. Each row writes greedily after a random prompt, the last
+quarter of `--context`, with batch 1 and `--batch`; the first token is that of a 1,024-token prompt
+(or half the model's context). The share is the weights' bytes a second (without the input table)
+of what the card copies a second. Two experts mix at every token: their ratio is the time of a
+token to twice that of one expert.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _record import add_json_option, write_record
+from _timing import as_graph, median_ms
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pyper.config import ExpertConfig
+from pyper.generate import BatchEngine, EngineLimits, Request, SamplingConfig, with_int8_weights
+from pyper.generate.decode_step import after, before, last
+from pyper.mixture import Mixture, MixtureSettings
+from pyper.nn import PAGE_TOKENS, Transformer, init_weights
+from pyper.nn.rope import rotation
+
+ROWS = [
+    "transformers, dynamic cache",
+    "transformers, static cache, compiled",
+    "plain CUDA graph",
+    "Pyper",
+    "Pyper compiled",
+    "Pyper compiled, sampled",
+    "Pyper compiled, int8",
+    "Pyper compiled, two experts",
+]
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS, metavar="NAME")
+    parser.add_argument("--batch", type=int, default=64 if GPU else 4)
+    parser.add_argument("--context", type=int, default=512 if GPU else 64)
+    parser.add_argument("--layers", type=int, default=28 if GPU else 2)
+    parser.add_argument("--width", type=int, default=2048 if GPU else 128)
+    parser.add_argument("--vocabulary", type=int, default=32_768 if GPU else 512)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def shape_of(args: argparse.Namespace) -> ExpertConfig:
+    return ExpertConfig(
+        vocab_size=args.vocabulary,
+        seq_len=2048 if GPU else 256,
+        bos_id=0,
+        d_model=args.width,
+        n_layers=args.layers,
+        n_heads=max(1, args.width // 128),
+        d_ff=4 * args.width,
+    )
+
+
+def expert(args: argparse.Namespace, seed: int = 0) -> Transformer:
+    with torch.device(DEVICE):
+        model = Transformer(shape_of(args)).to(torch.bfloat16 if GPU else torch.float32)
+    init_weights(model, seed)
+    return model.eval()
+
+
+def random_prompt(args: argparse.Namespace, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, args.vocabulary, (length,), generator=generator).tolist()
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def long_prompt(args: argparse.Namespace) -> list[int]:
+    return random_prompt(args, min(1024, shape_of(args).seq_len // 2), seed=99)
+
+
+class AnyText:
+    """A tokenizer for random weights: no document ever ends."""
+
+    bos_id = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return b"x" * len(tokens)
+
+
+def mixture_of(args: argparse.Namespace, n_experts: int) -> Mixture:
+    models = [expert(args, seed) for seed in range(n_experts)]
+    settings = MixtureSettings(
+        experts=tuple(f"expert {i}" for i in range(n_experts)),
+        tokenizer_fingerprint="",
+        bos_id=0,
+        seq_len=models[0].config.seq_len,
+        top_k=n_experts,
+        prune=0.0,
+    )
+    return Mixture(settings, [lambda model=model: model for model in models], None)
+
+
+def pyper_row(args: argparse.Namespace) -> dict[str, float]:
+    mixture = mixture_of(args, 2 if args.row.endswith("two experts") else 1)
+    if args.row.endswith("int8"):
+        mixture = with_int8_weights(mixture)
+    room = args.batch * (args.context + PAGE_TOKENS) + shape_of(args).seq_len
+    limits = EngineLimits(args.batch, mixture.n_experts * room, prefill_chunk=4096)
+    engine = BatchEngine(mixture, AnyText(args.vocabulary), limits, compiled="compiled" in args.row)
+    sampling = SamplingConfig(
+        max_new_tokens=args.context // 4,
+        temperature=0.8 if args.row.endswith("sampled") else 0.0,
+        top_p=0.95 if args.row.endswith("sampled") else 1.0,
+    )
+    numbers = {}
+    for batch in (1, args.batch):
+        for seed in range(2):  # the first records graphs and compiles
+            numbers[f"batch {batch}"] = engine_speed(args, engine, sampling, batch, seed)
+    prompt = long_prompt(args)
+    times = [first_token(engine, prompt[: len(prompt) - i]) for i in range(5)]
+    return numbers | {"first token ms": 1e3 * sorted(times)[2]}
+
+
+def engine_speed(
+    args: argparse.Namespace, engine: BatchEngine, sampling: SamplingConfig, batch: int, seed: int
+) -> float:
+    """Tokens per second from the step in which all rows write to the last token."""
+    length = args.context - sampling.max_new_tokens
+    for row in range(batch):
+        prompt = random_prompt(args, length, seed=1000 * seed + row)
+        engine.submit(Request(tuple(prompt), sampling))
+    while len(engine.step()) < batch:
+        pass
+    wait()
+    start, n_tokens = time.perf_counter(), 0
+    while not engine.idle:
+        n_tokens += len(engine.step())
+    wait()
+    return n_tokens / (time.perf_counter() - start)
+
+
+def first_token(engine: BatchEngine, prompt: list[int]) -> float:
+    """Seconds from the request to its first token; no two prompts begin alike."""
+    start = time.perf_counter()
+    request = Request((len(prompt) % 97, *prompt[1:]), SamplingConfig(1, 0.0))
+    engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def plain_row(args: argparse.Namespace) -> dict[str, float]:
+    """The model in a loop, its step recorded as one graph; attention reads the whole cache."""
+    model = expert(args)
+    speeds = {}
+    for batch in (1, args.batch):
+        step = plain_step(args, model, batch)
+        run = as_graph(step) if GPU else step
+        speeds[f"batch {batch}"] = 1e3 * batch / median_ms(run, repeats=args.context // 4)
+    return speeds
+
+
+def plain_step(args: argparse.Namespace, model: Transformer, batch: int) -> Callable[[int], None]:
+    c, dtype = model.config, model.embedding.weight.dtype
+    shape = (c.n_layers, batch, c.kv_heads, args.context, c.dim_per_head)
+    keys, values = (torch.zeros(shape, device=DEVICE, dtype=dtype) for _ in range(2))
+    tokens = torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    position = torch.full((1,), args.context - 1, device=DEVICE)
+
+    @torch.no_grad()
+    def step(_: int) -> None:
+        cos, sin = (
+            t.unsqueeze(-2)
+            for t in rotation(position, c.dim_per_head, c.rope_theta, c.rope_scaling)
+        )
+        mask = torch.arange(args.context, device=DEVICE) <= position
+        x = model.embedding(tokens)
+        for layer, block in enumerate(model.blocks):
+            query, key, value = before(block, x, cos, sin)
+            keys[layer].index_copy_(2, position, key.unsqueeze(2))
+            values[layer].index_copy_(2, position, value.unsqueeze(2))
+            mixed = F.scaled_dot_product_attention(
+                query.unsqueeze(2), keys[layer], values[layer], attn_mask=mask[None]
+            )
+            x = after(block, x, mixed.squeeze(2))
+        tokens.copy_(last(model, x).argmax(dim=-1))
+
+    return step
+
+
+def transformers_row(args: argparse.Namespace) -> dict[str, float]:
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    shape = shape_of(args)
+    config = ArceeConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.ff_dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_heads,
+        head_dim=shape.dim_per_head,
+        hidden_act="gelu",
+        max_position_embeddings=shape.seq_len,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    dtype = torch.bfloat16 if GPU else torch.float32
+    model = ArceeForCausalLM(config).to(DEVICE, dtype).eval()
+    static = {"cache_implementation": "static"} if "static" in args.row else {}
+
+    def write(tokens: Tensor, n_new: int) -> float:
+        wait()
+        start = time.perf_counter()
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=n_new,
+            min_new_tokens=n_new,
+            do_sample=False,
+            pad_token_id=0,
+            **static,
+        )
+        wait()
+        return time.perf_counter() - start
+
+    return transformers_speeds(args, write)
+
+
+def transformers_speeds(
+    args: argparse.Namespace, write: Callable[[Tensor, int], float]
+) -> dict[str, float]:
+    """From the difference of a long and a short text, so that the prompt does not count."""
+    speeds = {}
+    n_new = args.context // 4
+    for batch in (1, args.batch):
+        prompts = [random_prompt(args, args.context - n_new, seed) for seed in range(batch)]
+        tokens = torch.tensor(prompts, device=DEVICE)
+        for _ in range(2):  # the first compiles
+            short, long = write(tokens, 2), write(tokens, n_new)
+        speeds[f"batch {batch}"] = batch * (n_new - 2) / max(long - short, 1e-9)
+    prompt = torch.tensor([long_prompt(args)], device=DEVICE)
+    times = sorted(write(prompt, 1) for _ in range(5))
+    return speeds | {"first token ms": 1e3 * times[2]}
+
+
+def run_row(args: argparse.Namespace) -> dict[str, Any]:
+    if args.row.startswith("transformers"):
+        return transformers_row(args)
+    return plain_row(args) if args.row.startswith("plain") else pyper_row(args)
+
+
+def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each in a process of its own: none warms another's compiler or keeps its memory."""
+    shape = [f"--{n}={getattr(args, n)}" for n in ("batch", "context", "layers", "width")]
+    for row in args.only:
+        command = [sys.executable, __file__, *shape, f"--vocabulary={args.vocabulary}"]
+        done = subprocess.run([*command, "--row", row], capture_output=True, text=True, check=False)
+        if done.returncode:
+            yield row, {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
+        else:
+            yield row, json.loads(done.stdout.splitlines()[-1])
+
+
+def copied_bytes_per_second() -> float:
+    """Read and written, of a copy that no cache holds."""
+    size = 2**30 if GPU else 2**27
+    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * size / (median_ms(lambda _: target.copy_(source), repeats=10) / 1e3)
+
+
+def weight_bytes(args: argparse.Namespace, row: str) -> float:
+    """Read for every token: all matrices but the input table, for each expert."""
+    with torch.device("meta"):
+        model = Transformer(shape_of(args))
+    count = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    width = 1 if "int8" in row else 2 if GPU else 4
+    return count * width * (2 if "two experts" in row else 1)
+
+
+def main() -> None:
+    args = parse()
+    if args.row:
+        print(json.dumps(run_row(args)))
+        return
+    console = Console()
+    if not GPU:
+        console.print("There is no GPU: a tiny model on the CPU, to see that everything runs.")
+    bandwidth, results = copied_bytes_per_second(), {}
+    columns = ["batch 1", "share", f"batch {args.batch}", "first token ms"]
+    table = Table("tokens per second", *columns, "ratio")
+    for row, numbers in rows(args):
+        if "batch 1" in numbers:
+            numbers["share"] = numbers["batch 1"] * weight_bytes(args, row) / bandwidth
+        one = results.get("Pyper compiled", {})
+        if row.endswith("two experts") and "batch 1" in one and "batch 1" in numbers:
+            numbers["ratio"] = one["batch 1"] / numbers["batch 1"] / 2
+        results[row] = numbers
+        cells = [f"{numbers[c]:,.3g}" if c in numbers else "" for c in (*columns, "ratio")]
+        console.print(row, numbers)
+        table.add_row(row, *cells)
+    console.print(table)
+    print(f"copies {bandwidth / 1e12:.2f} TB/s")
+    write_record(args.json, {"bytes_per_second": bandwidth, "rows": results})
+
+
+if __name__ == "__main__":
+    main()
