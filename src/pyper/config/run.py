@@ -1,7 +1,7 @@
 """The whole run file, and the training settings of each part of a run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,9 @@ class RunSection(Section):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     jobs: int = Field(default=1, ge=1, le=256)
     """Experts (and the control) trained at the same time, each in a process of its own."""
+    parallel_experts: bool | Literal["auto"] = "auto"
+    """Train all of them at once in one process, each on a GPU stream of its own; `auto`: on a GPU,
+    where experts are small. Same results."""
 
 
 class TrackConfig(Section):

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bars
-from rich.progress import TaskID
 
 from pyper.config import RunConfig
 from pyper.errors import InterruptedRun, PyperError
 from pyper.stages.assign import ExpertData, read_assignment
-from pyper.stages.context import Budget, Context, available_cores, open_context
-from pyper.stages.train import Unit, budget_of, train_unit
+from pyper.stages.bars import watch
+from pyper.stages.context import Context, available_cores, open_context
+from pyper.stages.train import Unit, train_unit
 from pyper.train import TrainResult
-from pyper.train.interrupt import StopRequest, catch_signals
-from pyper.train.metrics import read_last_record
-from pyper.train.progress import Silent, describe, new_bars
+from pyper.train.interrupt import catch_signals
+from pyper.train.progress import Silent
 
 _POLL_SECONDS = 0.3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,7 +53,12 @@ def train_in_parallel(
         with _signals_held_back():
             futures = [pool.submit(_work, context.run, str(u), threads) for u in units]
         try:
-            _watch(context, assigned, units, futures, stop)
+            watch(
+                context,
+                assigned,
+                units,
+                lambda: stop() or all(f.done() for f in futures) or any(map(_failed, futures)),
+            )
         finally:
             _stop_all(pool, futures, stop.signal_number or signal.SIGTERM)
     done = [future for future in futures if not future.cancelled()]
@@ -165,37 +168,3 @@ def _is_broken(future: "Future[_Outcome]") -> bool:
     if not future.done() or future.cancelled():
         return False
     return isinstance(future.exception(), BrokenProcessPool)
-
-
-def _watch(
-    context: Context,
-    assigned: ExpertData,
-    units: Sequence[Unit],
-    futures: "Sequence[Future[_Outcome]]",
-    stop: StopRequest,
-) -> None:
-    """One bar per part, read from its `metrics.jsonl`, until all are done or one failed."""
-    budget = budget_of(context, assigned)
-    bars = new_bars(context.console)
-    tasks = {
-        unit: bars.add_task(unit.title(assigned), total=_steps(budget, unit), numbers="")
-        for unit in units
-    }
-    with bars:
-        while not all(future.done() for future in futures):
-            if stop() or any(_failed(future) for future in futures):
-                return
-            _refresh(context, tasks, bars)
-            time.sleep(_POLL_SECONDS)
-        _refresh(context, tasks, bars)
-
-
-def _steps(budget: Budget, unit: Unit) -> int:
-    return budget.control if unit.kind == "control" else budget.experts[unit.index]
-
-
-def _refresh(context: Context, tasks: dict[Unit, TaskID], bars: Bars) -> None:
-    for unit, task in tasks.items():
-        record = read_last_record(unit.folder(context) / "metrics.jsonl")
-        if record:
-            bars.update(task, completed=record["step"], numbers=describe(record))

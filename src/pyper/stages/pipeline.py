@@ -9,6 +9,7 @@ from pyper.stages.context import Context
 from pyper.stages.evaluate import evaluate
 from pyper.stages.jobs import train_in_parallel
 from pyper.stages.mix import mix
+from pyper.stages.together import pays_together, train_together
 from pyper.stages.train import Unit, finished_result, parse_unit, train_unit, units_of
 from pyper.train import TrainResult
 from pyper.train.progress import ProgressBar
@@ -23,11 +24,13 @@ def run_pipeline(context: Context) -> dict[str, Any]:
 
 
 def train_missing(context: Context, assigned: ExpertData) -> None:
-    """Train every part that is not complete yet: the seed, then the rest (`jobs` at a time)."""
+    """Train every part that is not complete yet: the seed, then the rest, side by side or not."""
     first, rest = units_of(context)
     train_units(context, assigned, first)
     missing = [unit for unit in rest if finished_result(unit.folder(context)) is None]
-    if context.run.run.jobs > 1 and len(missing) > 1:
+    if len(missing) > 1 and pays_together(context, len(missing)):
+        train_together(context, assigned, missing)
+    elif context.run.run.jobs > 1 and len(missing) > 1:
         train_in_parallel(context, assigned, missing, min(context.run.run.jobs, len(missing)))
     else:
         train_units(context, assigned, missing)

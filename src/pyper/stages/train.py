@@ -1,5 +1,6 @@
 """Train the parts of a run: the seed, the experts, the controls. Each can be run alone."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,11 @@ def finished_result(folder: Path) -> TrainResult | None:
 
 
 def train_unit(
-    context: Context, assigned: ExpertData, unit: Unit, progress: Progress
+    context: Context,
+    assigned: ExpertData,
+    unit: Unit,
+    progress: Progress,
+    should_stop: Callable[[int], bool] | None = None,
 ) -> TrainResult:
     """Train one part to its end, from wherever it stands. Raises what `train_expert` raises."""
     folder = unit.folder(context)
@@ -107,7 +112,14 @@ def train_unit(
         optimizer_state = _branch_from_seed(context, model, config)
     plan = _plan(context, assigned, unit, config, data, optimizer_state)
     result = train_expert(
-        model, data, config, plan, folder, track=context.run.track, progress=progress
+        model,
+        data,
+        config,
+        plan,
+        folder,
+        track=context.run.track,
+        progress=progress,
+        should_stop=should_stop,
     )
     write_json(folder / "result.json", asdict(result))
     return result

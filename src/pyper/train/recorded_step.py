@@ -1,5 +1,6 @@
 """`train_step` as two recorded CUDA graphs: a small model's step is otherwise bound by launches."""
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _USUAL_STEPS = 3
 # Launches of a step that takes longer (seconds) are hidden behind its kernels: recording it would
 # only keep the memory of its activations.
 _LONG_STEP = 0.1
+# Experts that train together in one process, each in a thread.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class RecordedStep:
             return self._usual_step(micro_batches, rate_factor)
         recording = self._recording
         if recording is None:
-            recording = self._recording = self._record(micro_batches)
+            with _ONE_AT_A_TIME:
+                recording = self._recording = self._record(micro_batches)
         for static, batch in zip(recording.inputs, micro_batches, strict=True):
             static.tokens.copy_(batch.tokens, non_blocking=True)
             static.targets.copy_(batch.targets, non_blocking=True)
