@@ -1,5 +1,6 @@
 """A step in fixed shapes says what the general pass says."""
 
+import random
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from generate.test_batch_engine import ask, run
 from generate.test_mixture_decoding import decode, texts
-from generate.test_writing_text import BYTES, small_bytes
+from generate.test_writing_text import BYTES, scripted, small_bytes
 from mixture.small_mixtures import MODES, small_mixture
 from nn.small_experts import BOS, small_expert, text_of
 from pyper.config import SparseConfig
@@ -57,15 +58,69 @@ def test_a_mixture_in_fixed_shapes_equals_scoring(mode: dict[str, Any]) -> None:
     assert n_steps == sum(17 - start for start in [1, 2, 6, 7, 13])
 
 
-def test_greedy_text_is_the_same_in_fixed_shapes() -> None:
-    def written(fixed_shapes: bool) -> list[list[int | None]]:
-        limits = EngineLimits(cache_tokens=8192)
-        engine = BatchEngine(small_bytes(), BYTES, limits, fixed_shapes=fixed_shapes)
-        for text in ("", "abc", "x" * 20, "abc"):
-            engine.submit(ask(text, SamplingConfig(12, 0.0)))
-        return [[e.token for e in events] for events in run(engine).values()]
+@pytest.mark.parametrize("mixing", ["posterior", "top1", "window"])
+def test_requests_that_come_and_go_get_the_same_in_fixed_shapes(mixing: str) -> None:
+    """Tokens that are read before the host has seen them included."""
+    mixture, n_ahead = small_bytes(mixing=mixing), 0
 
-    assert written(True) == written(False)
+    def written(fixed_shapes: bool) -> dict[int, list[tuple[object, ...]]]:
+        nonlocal n_ahead
+        rng = random.Random(1)
+        limits = EngineLimits(max_running=3, cache_tokens=8192)
+        engine = BatchEngine(mixture, BYTES, limits, fixed_shapes=fixed_shapes)
+        got: dict[int, list[tuple[object, ...]]] = {}
+        for number in range(60):
+            if number < 20 and rng.random() < 0.6:
+                sampling = SamplingConfig(
+                    rng.randrange(1, 25),
+                    rng.choice([0.0, 0.8]),
+                    stop=rng.choice([(), ("a", "e")]),
+                    repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.5]),
+                    seed=number,
+                )
+                text, pinned = "abcdefghi"[: rng.randrange(10)], rng.choice([None, 2])
+                engine.submit(ask(text, sampling, expert=pinned, n_logprobs=rng.choice([0, 2])))
+            for event in engine.step():
+                alternatives = tuple(token for token, _ in event.alternatives)
+                seen = (event.token, event.text, alternatives, event.expert, event.finished)
+                got.setdefault(event.request_id, []).append(seen)
+            n_ahead += bool(engine._ahead)
+        while not engine.idle:
+            for event in engine.step():
+                got.setdefault(event.request_id, []).append((event.token,))
+        assert engine.stats().cache_tokens_used == 0
+        return got
+
+    expected = written(False)
+    assert n_ahead == 0
+    got = written(True)
+    assert n_ahead > (3 if mixing != "posterior" else -1)  # there all experts have a say
+    assert {n: [e[0] for e in events] for n, events in got.items()} == {
+        n: [e[0] for e in events] for n, events in expected.items()
+    }
+
+
+def test_who_is_cancelled_while_its_next_token_is_under_way_is_gone() -> None:
+    mixture = scripted("abcdefghijklmnopqrstuvwxyz", seq_len=64)
+    engine = BatchEngine(mixture, BYTES, EngineLimits(cache_tokens=8192), fixed_shapes=True)
+    first, second = (engine.submit(ask(c, SamplingConfig(40, 0.0))) for c in "ab")
+    engine.step()
+    assert engine._ahead
+    engine.cancel(first)
+    events = [*engine.step(), *engine.step()]
+    assert [e.request_id for e in events] == [second] * 2
+    third = engine.submit(ask("x", SamplingConfig(40, 0.0)))
+    by_request = run(engine)
+    assert "".join(e.text for e in by_request[third]) == "yz"
+    assert "".join(e.text for e in by_request[second]) == "fghijklmnopqrstuvwxyz"
+    engine.submit(ask("v", SamplingConfig(40, 0.0)))
+    engine.step()
+    engine.cancel(engine._last_id)
+    assert engine.idle
+    assert engine.step() == []
+    assert engine.stats().cache_tokens_used == 0
+    fourth = engine.submit(ask("w", SamplingConfig(40, 0.0)))
+    assert "".join(e.text for e in run(engine)[fourth]) == "xyz"
 
 
 @torch.no_grad()

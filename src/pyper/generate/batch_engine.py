@@ -1,37 +1,18 @@
 """Continuous batching over one mixture."""
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
-from pyper.generate.mixture_reader import MixtureReader, Predictions
-from pyper.generate.reading import Text
-from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
-from pyper.generate.sampling import SamplingBatch, draw
+from pyper.generate.draws import Draw, draw_tokens, to_device
+from pyper.generate.mixture_reader import MixtureReader
+from pyper.generate.request import EngineLimits, EngineStats, Event, Request
+from pyper.generate.running import Running
 from pyper.generate.text import TextStream
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
-
-Alternatives = tuple[tuple[int, float], ...]
-
-
-@dataclass
-class _Running:
-    """A request that has been admitted."""
-
-    request_id: int
-    request: Request
-    text: Text
-    shown: TextStream
-    chance: torch.Generator
-    """On the CPU, so that a seed gives the same text on every device."""
-    n_pages: int
-    """Reserved for it: the most that it may still come to use."""
 
 
 class BatchEngine:
@@ -60,7 +41,8 @@ class BatchEngine:
             fixed_shapes=fixed_shapes,
         )
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
+        self._ahead: list[Draw] = []
         self._last_id = 0
         self._n_decoded = 0
 
@@ -84,19 +66,74 @@ class BatchEngine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Admit, read, and write one token for every request that has been read; [] when idle."""
+        """Admit, read, and write one token for every request that has been read; [] when idle.
+
+        On a GPU the next tokens are already under way when this returns, as long as nobody comes
+        and the experts stay the same: the GPU does not wait for the host.
+        """
+        draws = self._ahead or self._read_and_draw()
+        self._ahead = self._run_ahead(draws)
+        events = [event for draw in draws for event in self._land(draw)]
+        for running in self._running.values():
+            running.n_pages = self._reader.pages_left_for(running.text)
+        if not self._running:
+            self._ahead = []
+        return sorted(events, key=lambda event: event.request_id)
+
+    def _read_and_draw(self) -> list[Draw]:
         self._admit()
         by_text = {id(r.text): r for r in self._running.values()}
         ready = self._reader.advance([r.text for r in self._running.values()])
-        events: dict[int, Event] = {}
-        for predictions in self._reader.predict(ready):
-            running = [by_text[id(text)] for text in predictions.texts]
-            events |= self._write(running, predictions)
-        for request_id in [i for i, event in events.items() if event.finished]:
-            self._leave(self._running[request_id])
-        for running_one in self._running.values():
-            running_one.n_pages = self._reader.pages_left_for(running_one.text)
-        return [events[i] for i in sorted(events)]
+        return [
+            draw_tokens([by_text[id(text)] for text in said.texts], said)
+            for said in self._reader.predict(ready)
+        ]
+
+    def _run_ahead(self, draws: list[Draw]) -> list[Draw]:
+        """Read the tokens that are being drawn, and draw again, before the host has seen them.
+
+        Only if each has one expert to read it, whatever it is, and nobody waits to come in.
+        """
+        if len(draws) != 1 or self._can_admit():
+            return []
+        [last] = draws
+        rows = [(i, row) for i, row in enumerate(last.rows) if self._is_running(row)]
+        if len(rows) < len(self._running) or not all(self._may_go_on(row) for _, row in rows):
+            return []
+        going = [(i, row) for i, row in rows if not row.is_last]
+        if not going:
+            return []
+        tokens = last.tokens
+        if len(going) < len(tokens):
+            index = torch.tensor([i for i, _ in going])
+            tokens = tokens[to_device(index, tokens.device)]
+        said = self._reader.read_ahead([row.text for _, row in going], tokens)
+        return [draw_tokens([row for _, row in going], said)]
+
+    def _may_go_on(self, row: Running) -> bool:
+        uses_seen = row.request.sampling.repetition_penalty != 1.0
+        return row.is_last or (not uses_seen and self._reader.can_read_ahead(row.text))
+
+    def _is_running(self, row: Running) -> bool:
+        return self._running.get(row.request_id) is row
+
+    def _land(self, draw: Draw) -> list[Event]:
+        """What the tokens of a draw show. Who is finished leaves; who has left is passed over."""
+        events = []
+        for row, experts, numbers, others in zip(
+            draw.rows, draw.experts, draw.numbers(), draw.alternatives(), strict=True
+        ):
+            if not self._is_running(row):
+                continue
+            token, log_prob, *scores = numbers
+            event = row.add(int(token), log_prob, others, self.tokenizer.bos_id)
+            events.append(event)
+            if event.finished is None:
+                self._reader.append(row.text, int(token), experts, scores)
+            else:
+                self._leave(row)
+        self._n_decoded += len(events)
+        return events
 
     def stats(self) -> EngineStats:
         """Counters, and what is held now."""
@@ -147,104 +184,25 @@ class BatchEngine:
         n = len(request.prompt) + request.sampling.max_new_tokens
         return min(n, self.mixture.settings.seq_len)
 
-    def _admit(self) -> None:
+    def _can_admit(self) -> bool:
         """First come, first served: who does not fit yet holds up those behind."""
-        left = self._reader.pool.n_pages - sum(r.n_pages for r in self._running.values())
-        while self._waiting and len(self._running) < self.limits.max_running:
-            request_id, request = self._waiting[0]
-            needed = self._pages_for(request)
-            if needed > left:
-                return
-            left -= needed
-            self._waiting.popleft()
-            text = self._reader.open(request.prompt, self._capacity(request), request.expert)
-            self._running[request_id] = _Running(
+        if not self._waiting or len(self._running) >= self.limits.max_running:
+            return False
+        reserved = sum(running.n_pages for running in self._running.values())
+        return self._pages_for(self._waiting[0][1]) <= self._reader.pool.n_pages - reserved
+
+    def _admit(self) -> None:
+        while self._can_admit():
+            request_id, request = self._waiting.popleft()
+            self._running[request_id] = Running(
                 request_id,
                 request,
-                text,
+                self._reader.open(request.prompt, self._capacity(request), request.expert),
                 TextStream(self.tokenizer, request.sampling.stop),
                 torch.Generator().manual_seed(request.sampling.seed),
-                needed,
+                self._pages_for(request),
             )
 
-    def _leave(self, running: _Running) -> None:
+    def _leave(self, running: Running) -> None:
         self._reader.close(running.text)
         del self._running[running.request_id]
-
-    def _write(self, rows: Sequence[_Running], predictions: Predictions) -> dict[int, Event]:
-        """Draw a token for each row; what came of it, by request."""
-        log_probs, device = predictions.log_probs, predictions.log_probs.device
-        batch = SamplingBatch.of([r.request.sampling for r in rows], device)
-        uniforms = torch.cat([torch.rand(1, generator=r.chance) for r in rows]).to(device)
-        seen = None if batch.repetition_penalty is None else _seen(rows, log_probs)
-        drawn = draw(log_probs, batch, uniforms, seen)[:, None]
-        # One small copy is all that a GPU is waited for.
-        said = torch.cat([log_probs[:, None], predictions.per_expert], dim=1)
-        scores = said.gather(-1, drawn[..., None].expand(-1, said.shape[1], 1)).squeeze(-1)
-        packed = torch.cat([drawn.double(), scores.double()], dim=-1)
-        alternatives = _alternatives(rows, log_probs)
-        events = {}
-        for row, experts, values, others in zip(
-            rows, predictions.experts, packed.tolist(), alternatives, strict=True
-        ):
-            token, log_prob, *scores = values
-            events[row.request_id] = self._add(row, int(token), log_prob, others)
-            if events[row.request_id].finished is None:
-                self._reader.append(row.text, int(token), experts, scores)
-        self._n_decoded += len(rows)
-        return events
-
-    def _add(
-        self,
-        row: _Running,
-        token: int,
-        log_prob: float,
-        alternatives: tuple[tuple[int, float], ...],
-    ) -> Event:
-        """What one more token shows, and whether it ends the text: a new document, a stop string,
-        the limit."""
-        finished: FinishReason | None = None
-        shown = ""
-        if token == self.tokenizer.bos_id:
-            finished = "stop"
-        else:
-            shown = row.shown.push(token)
-            if row.shown.stopped:
-                finished = "stop"
-            elif len(row.text.tokens) + 1 >= row.text.capacity:
-                finished = "length"
-        if finished is not None:
-            shown += row.shown.finish()
-        weights = row.text.weights
-        assert weights is not None
-        return Event(
-            row.request_id,
-            token,
-            shown,
-            log_prob,
-            alternatives,
-            weights.index(max(weights)),
-            weights,
-            finished,
-        )
-
-
-def _seen(rows: Sequence[_Running], log_probs: Tensor) -> Tensor:
-    """(R, V), True for tokens that a row has already."""
-    seen = torch.zeros(log_probs.shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        seen[index, torch.tensor(row.text.tokens)] = True
-    return seen.to(log_probs.device)
-
-
-def _alternatives(rows: Sequence[_Running], log_probs: Tensor) -> list[Alternatives]:
-    """The likeliest tokens of each row with their log-probabilities, as many as it asked for."""
-    wanted = [r.request.n_logprobs for r in rows]
-    if not any(wanted):
-        return [()] * len(rows)
-    best = log_probs.topk(max(wanted), dim=-1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [
-        tuple(zip(tokens[:n], values[:n], strict=True))
-        for n, (tokens, values) in zip(wanted, pairs, strict=True)
-    ]

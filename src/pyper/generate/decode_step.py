@@ -58,15 +58,26 @@ class DecodeStep:
         if model.device.type == "cuda":
             self._record(model, pool)
 
-    def run(self, model: Transformer, rows: Sequence[tuple[int, int, list[int]]]) -> Tensor:
+    def run(
+        self,
+        model: Transformer,
+        rows: Sequence[tuple[int, int, list[int]]],
+        tokens: Tensor | None = None,
+    ) -> Tensor:
         """Log-probabilities (R, V) after one more token in each row (token, position, pages).
 
-        They are overwritten by the next run. model: the one that the step was made for.
+        They are overwritten by the next run. model: the one that the step was made for. tokens:
+        (R,), instead of those of the rows, where only the device knows them.
         """
-        host = torch.zeros(self._inputs.shape, dtype=torch.long)
-        for index, (token, position, pages) in enumerate(rows):
-            host[index, : 2 + len(pages)] = torch.tensor([token, position, *pages])
+        width = self._inputs.shape[1]
+        filled = [[token, at, *pages] for token, at, pages in rows]
+        padded = [row + [0] * (width - len(row)) for row in filled]
+        host = torch.tensor(padded + [[0] * width] * (self.batch - len(rows)))
+        if self._inputs.is_cuda:
+            host = host.pin_memory()  # the host need not wait for the copy
         self._inputs.copy_(host, non_blocking=True)
+        if tokens is not None:
+            self._inputs[: len(rows), 0] = tokens
         if self._graph is None:
             self._out = self._compute(model)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyper.generate.decode_step import BATCHES, DecodeStep, has_fixed_shapes
 from pyper.generate.pages import PagePool
-from pyper.generate.reading import Job, finish, read, take_pages
+from pyper.generate.reading import Job, Reading, Text, publish, read, take_pages
 from pyper.nn import KVStore, Transformer
 
 
@@ -36,23 +36,43 @@ class ExpertRunner:
         """Run the jobs; each reading then knows its next prediction."""
         single = [job for job in jobs if self.fixed_shapes and _is_single(job)]
         others = [job for job in jobs if not (self.fixed_shapes and _is_single(job))]
-        for start in range(0, len(single), BATCHES[-1]):
-            self._decode(model, single[start : start + BATCHES[-1]], pool)
+        if single:
+            self._decode(model, single, pool)
         if others:
             read(model, self.store, pool, others)
 
+    def read_ahead(
+        self,
+        model: Transformer,
+        texts: Sequence[tuple[Text, Reading]],
+        tokens: Tensor,
+        pool: PagePool,
+    ) -> list[Tensor]:
+        """log p (V,) after one more token (R,) in each text, which the host does not know yet."""
+        rows = []
+        for text, reading in texts:
+            position = len(text.tokens)
+            take_pages(reading, position + 1, pool)
+            rows.append((0, position, reading.pages))
+        said = self._step(model, len(rows)).run(model, rows, tokens).clone().unbind()
+        for (text, reading), row in zip(texts, said, strict=True):
+            publish(text, reading, pool)  # what the host knows by now
+            reading.n_read, reading.last = len(text.tokens) + 1, row
+        return list(said)
+
     def _decode(self, model: Transformer, jobs: Sequence[Job], pool: PagePool) -> None:
         for job in jobs:
-            take_pages(job, pool)
+            take_pages(job.reading, job.upto, pool)
         rows = [(job.text.tokens[job.start], job.start, job.reading.pages) for job in jobs]
         # A copy: the step overwrites its output.
-        log_probs: Tensor = self._step(model, len(jobs)).run(model, rows).clone()
-        for job, row in zip(jobs, log_probs.unbind(), strict=True):
-            job.reading.last = row
-            finish(job, pool)
+        said = self._step(model, len(jobs)).run(model, rows).clone().unbind()
+        for job, row in zip(jobs, said, strict=True):
+            job.reading.n_read, job.reading.last = job.upto, row
+            publish(job.text, job.reading, pool)
 
     def _step(self, model: Transformer, n_rows: int) -> DecodeStep:
-        batch = next(b for b in BATCHES if b >= n_rows)
+        most = BATCHES[-1]
+        batch = next((b for b in BATCHES if b >= n_rows), -(-n_rows // most) * most)
         if batch not in self._steps:
             with torch.no_grad():
                 self._steps[batch] = DecodeStep(

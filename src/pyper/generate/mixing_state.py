@@ -79,6 +79,15 @@ class MixingState:
         """Whether no other expert will ever be needed, n tokens into the text."""
         return self.settings.mixing == "top1" and n > self.settings.prefix_tokens
 
+    def stays_decided(self, n: int) -> bool:
+        """Whether the same expert predicts after n + 1 tokens as after n, whatever comes."""
+        settings = self.settings
+        if self.pinned is not None or settings.mixing == "posterior":
+            return self.pinned is not None
+        if settings.mixing == "top1":
+            return self.is_settled(n)
+        return n - 1 >= settings.window and (n - 1) // settings.window == n // settings.window
+
     def take_in(self, n: int) -> None:
         """Let the posterior see the scores of the first n tokens."""
         for t in range(self._n_summed, n):

@@ -118,6 +118,35 @@ class MixtureReader:
         with_experts.sort(key=lambda pair: len(pair[1]))
         return [self._mix(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
 
+    def can_read_ahead(self, text: Text) -> bool:
+        """Whether one expert, which is there, reads the next token whatever it is."""
+        if not text.state.stays_decided(len(text.tokens)):
+            return False
+        [expert] = _used(text)
+        if not self.mixture.is_loaded(expert):
+            return False
+        return self._runner(self.mixture.expert(expert)).fixed_shapes
+
+    def read_ahead(self, texts: Sequence[Text], tokens: Tensor) -> Predictions:
+        """Predictions after one more token (R,) in each text, which only the device knows yet.
+
+        The caller appends it later. Only for texts that `can_read_ahead`.
+        """
+        experts = [_used(text)[0] for text in texts]
+        log_probs: list[Tensor] = [tokens] * len(texts)
+        for expert in sorted(set(experts)):
+            model = self.mixture.expert(expert)
+            rows = [i for i, other in enumerate(experts) if other == expert]
+            part = tokens
+            if len(rows) < len(texts):
+                part = tokens[torch.tensor(rows).to(tokens.device)]
+            readings = [(texts[i], texts[i].readings[expert]) for i in rows]
+            said = self._runner(model).read_ahead(model, readings, part, self.pool)
+            for i, row in zip(rows, said, strict=True):
+                log_probs[i] = row
+        stacked = torch.stack(log_probs)
+        return Predictions(list(texts), [[e] for e in experts], stacked, stacked[:, None])
+
     def append(
         self, text: Text, token: int, experts: Sequence[int], scores: Sequence[float]
     ) -> None:

@@ -16,7 +16,7 @@ from pyper.nn.kv_cache import ROW_TILE
 _LOGIT_ROWS = 32 * ROW_TILE
 
 
-@dataclass
+@dataclass(eq=False)
 class Reading:
     """What one expert has read of one text."""
 
@@ -31,7 +31,7 @@ class Reading:
     """(V,), log p of the token after those that were read."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """A prompt and what was written after it."""
 
@@ -91,19 +91,20 @@ def read(model: Transformer, store: KVStore, pool: PagePool, jobs: Sequence[Job]
     """Run the jobs of one expert in one pass; each reading then knows its next prediction."""
     jobs = sorted(jobs, key=lambda job: job.n_new)  # equal lengths share one attention
     for job in jobs:
-        take_pages(job, pool)
+        take_pages(job.reading, job.upto, pool)
     chunks = [Chunk(job.reading.pages, job.start, job.n_new, job.n_held) for job in jobs]
     tokens = [token for job in jobs for token in job.text.tokens[job.start : job.upto]]
     states = model.read_cached(torch.tensor(tokens).to(model.device), CachePass.plan(store, chunks))
     _predict(model, states, jobs)
     for job in jobs:
-        finish(job, pool)
+        job.reading.n_read = job.upto
+        publish(job.text, job.reading, pool)
 
 
-def take_pages(job: Job, pool: PagePool) -> None:
-    """Room for what the job reads."""
-    pages = job.reading.pages
-    pages.extend(pool.take() for _ in range(-(-job.upto // PAGE_TOKENS) - len(pages)))
+def take_pages(reading: Reading, upto: int, pool: PagePool) -> None:
+    """Room for the first `upto` tokens."""
+    pages = reading.pages
+    pages.extend(pool.take() for _ in range(-(-upto // PAGE_TOKENS) - len(pages)))
 
 
 def _predict(model: Transformer, states: Tensor, jobs: Sequence[Job]) -> None:
@@ -157,19 +158,14 @@ def _log_probs(
     return scores, last
 
 
-def finish(job: Job, pool: PagePool) -> None:
-    """The job is done: full pages become readable for texts that begin alike."""
-    reading, state = job.reading, job.text.state
-    reading.n_read = job.upto
-    for number in range(len(reading.published), reading.n_read // PAGE_TOKENS):
+def publish(text: Text, reading: Reading, pool: PagePool) -> None:
+    """Full pages become readable for texts that begin alike."""
+    state = text.state
+    n_known = min(reading.n_read, len(text.tokens))
+    for number in range(len(reading.published), n_known // PAGE_TOKENS):
         at = slice(number * PAGE_TOKENS, (number + 1) * PAGE_TOKENS)
         known = min(at.stop, state.n_scored) <= reading.n_scored
         scores = tuple(state.scores[at, reading.expert].tolist()) if known else None
-        page = pool.publish(
-            reading.expert,
-            reading.published,
-            reading.pages[number],
-            job.text.tokens[at],
-            scores,
-        )
-        reading.published.append(page)
+        before, tokens = reading.published, text.tokens[at]
+        page = pool.publish(reading.expert, before, reading.pages[number], tokens, scores)
+        before.append(page)

@@ -1,0 +1,50 @@
+"""A request that has been admitted: its text so far, and what each token adds."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pyper.generate.reading import Text
+from pyper.generate.request import Event, FinishReason, Request
+from pyper.generate.text import TextStream
+
+Alternatives = tuple[tuple[int, float], ...]
+
+
+@dataclass(eq=False)
+class Running:
+    """One row of the batch."""
+
+    request_id: int
+    request: Request
+    text: Text
+    shown: TextStream
+    chance: torch.Generator
+    """On the CPU, so that a seed gives the same text on every device."""
+    n_pages: int
+    """Reserved for it: the most that it may still come to use."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token is the last, whatever it is."""
+        return len(self.text.tokens) + 1 >= self.text.capacity
+
+    def add(self, token: int, log_prob: float, others: Alternatives, bos_id: int) -> Event:
+        """What one more token shows, and whether it ends the text: a new document, a stop string,
+        the limit."""
+        finished: FinishReason | None = None
+        shown = ""
+        if token == bos_id:
+            finished = "stop"
+        else:
+            shown = self.shown.push(token)
+            if self.shown.stopped:
+                finished = "stop"
+            elif self.is_last:
+                finished = "length"
+        if finished is not None:
+            shown += self.shown.finish()
+        weights = self.text.weights
+        assert weights is not None
+        expert = weights.index(max(weights))
+        return Event(self.request_id, token, shown, log_prob, others, expert, weights, finished)
