@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -106,14 +105,14 @@ class Server:
 
     def wait_until_idle(self, seconds: float = 5) -> None:
         """Slots return to zero."""
-        deadline = time.monotonic() + seconds
-        while (now := self.health())["running"] + now["waiting"] > 0:
-            assert time.monotonic() < deadline, now
-            time.sleep(0.02)
+        wait_until(lambda: self.health()["running"] + self.health()["waiting"] == 0, seconds)
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -386,6 +386,15 @@ class TestPatience:
             assert is_closed(connection, 8)
             assert 0.4 < time.monotonic() - began < 7
 
+    def test_the_second_head_on_a_connection_is_not_waited_for_either(
+        self, hasty_server: Server
+    ) -> None:
+        with hasty_server.connect() as connection:
+            whole = head(hasty_server, "/health", method="GET") + b"\r\n"
+            connection.sendall(whole + whole[:-4])
+            assert receive(connection).status == 200
+            assert receive(connection).status == 408
+
     def test_a_head_that_drips_is_not_waited_for(self, hasty_server: Server) -> None:
         with hasty_server.connect() as connection, pytest.raises(ConnectionError):
             drip(connection, seconds=5)

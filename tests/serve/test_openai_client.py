@@ -1,6 +1,7 @@
 """The official client talks to the server, and gets what the engine writes."""
 
 import base64
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from pyper.data import TextTokenizer
 from pyper.generate import SamplingConfig, complete
 from pyper.mixture import Mixture, load_mixture
-from serve.small_server import CONTEXT, NAMES, Server
+from serve.raw_http import request
+from serve.small_server import CONTEXT, NAMES, Server, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -302,12 +304,18 @@ class TestCancelling:
         server.wait_until_idle(seconds=2)
         assert decoded_in(server, 0.2) == 0
 
-    def test_a_client_that_stops_waiting_stops_the_engine(
-        self, server: Server, client: openai.OpenAI
-    ) -> None:
-        with pytest.raises(openai.APITimeoutError):
-            chat_of(client, max_tokens=CONTEXT - 20, temperature=0, timeout=0.3)
-        server.wait_until_idle(seconds=2)
+    def test_a_client_that_stops_waiting_stops_the_engine(self, server: Server) -> None:
+        body = {
+            "model": "tiny",
+            "prompt": "a",
+            "n": 8,
+            "max_tokens": CONTEXT - 20,
+            "temperature": 0,
+        }
+        with server.connect() as connection:
+            connection.sendall(request(server, json.dumps(body).encode()))
+            wait_until(lambda: server.health()["running"] == 8)
+        server.wait_until_idle(seconds=1)
         assert decoded_in(server, 0.2) == 0
 
     def test_neighbours_get_what_they_would_get_alone(

@@ -5,7 +5,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import openai
 import pytest
 
 from serve.raw_http import exchange, head, post, read_to_the_end, receive, request
-from serve.small_server import CONTEXT, KEY, Server, serving
+from serve.small_server import CONTEXT, KEY, Server, serving, wait_until
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": CONTEXT - 10, "temperature": 0}
 SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 3}
@@ -30,13 +29,6 @@ def begin_stream(server: Server, body: dict[str, Any]) -> socket.socket:
     connection.sendall(request(server, sent, "/v1/completions", key))
     assert receive(connection).status == 200
     return connection
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class TestKey:
@@ -121,7 +113,8 @@ class TestQueue:
         self, hasty_server: Server
     ) -> None:
         reply = hasty_server.post("/v1/completions", SHORT | {"n": 5}, headers=AUTHORISED)
-        assert reply.status_code == 429
+        assert reply.status_code == 400
+        assert "4 places" in reply.json()["error"]["message"]
 
     def test_the_official_client_comes_back_by_itself(self, hasty_server: Server) -> None:
         streams = [begin_stream(hasty_server, LONG) for _ in range(4)]

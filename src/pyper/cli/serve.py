@@ -33,7 +33,8 @@ def serve(
         int, typer.Option(min=0, help="Sequences that may wait; one more is answered 429.")
     ] = 64,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of keys and values kept per expert.")
+        int | None,
+        typer.Option(min=1, help="Tokens of keys and values kept, over all experts and sequences."),
     ] = None,
     resident: Annotated[
         int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")

@@ -42,11 +42,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def overloaded(waiting: int) -> ApiError:
+def overloaded() -> ApiError:
     """429, with the time after which to try again."""
     return ApiError(
         429,
-        f"{waiting} requests are waiting already",
+        "every place is taken, those to wait in as well",
         code="overloaded",
         headers={"retry-after": "1"},
     )

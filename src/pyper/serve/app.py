@@ -93,10 +93,10 @@ def _add_models(app: FastAPI, service: Service, settings: ServeSettings) -> None
 def _add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
-        stats, is_well = service.engine.stats, service.engine.is_alive
-        state = {"status": "ok" if is_well else "failed", "model": service.names.name}
-        counts = {"running": stats.running, "waiting": stats.waiting}
-        return JsonResponse(state | counts, 200 if is_well else 503)
+        engine = service.engine
+        state = {"status": "ok" if engine.is_alive else "failed", "model": service.names.name}
+        counts = {"running": engine.stats.running, "waiting": engine.n_waiting}
+        return JsonResponse(state | counts, 200 if engine.is_alive else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

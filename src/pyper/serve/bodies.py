@@ -105,7 +105,6 @@ Stops = Annotated[
     ),
 ]
 Count = Annotated[int, Field(ge=1, le=2**31)]
-Any_ = Any
 
 
 class StreamOptions(Body):

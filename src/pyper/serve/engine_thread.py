@@ -11,15 +11,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from pyper.errors import PyperError
 from pyper.generate import BatchEngine, EngineStats, Event, Request
-from pyper.serve.api_error import ApiError, overloaded
+from pyper.serve.api_error import ApiError, bad_request, overloaded
 from pyper.serve.generation import Generation
 
 log = logging.getLogger("pyper.serve")
 Result = TypeVar("Result")
+_LAST_STEP_SECONDS = 5.0
 
 
 class EngineThread:
@@ -28,7 +30,6 @@ class EngineThread:
     def __init__(self, engine: BatchEngine, *, max_waiting: int) -> None:
         self._engine = engine
         self._capacity = engine.limits.max_running + max_waiting
-        self._max_waiting = max_waiting
         self._n_reserved = 0
         self._generations: dict[int, Generation] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -48,18 +49,18 @@ class EngineThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End after the step that is running."""
+        """End after the step that is running, or leave it behind when it takes too long."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _LAST_STEP_SECONDS)
 
     # Requests
 
     async def submit(self, requests: Sequence[Request]) -> Generation:
-        """Hand sequences to the engine. Raises ApiError 429 when too many wait; PromptError."""
-        if self._n_reserved + len(requests) > self._capacity:
-            raise overloaded(max(0, self._n_reserved - self._engine.limits.max_running))
+        """Hand sequences to the engine. Raises PromptError; ApiError 429 when too many wait, 400
+        when there could never be room.
+        """
+        self._reserve(len(requests))
         generation = Generation(len(requests))
-        self._n_reserved += len(requests)
         accepted = self._loop.create_future()
         self._commands.put(lambda: self._on_thread_submit(generation, requests, accepted))
         try:
@@ -78,18 +79,42 @@ class EngineThread:
         generation.n_open = 0
         self._cancel_ids(generation.ids)
 
-    async def call(self, function: Callable[[], Result]) -> Result:
-        """Run something on the engine's thread between two steps, one call per step."""
+    async def call(self, functions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run something else on the engine's thread, one function after each step.
+
+        All of them take one place; the results, in order. Raises ApiError 429, and what they raise.
+        """
+        self._reserve(1)
+        try:
+            return [await self._call(function) for function in functions]
+        finally:
+            self._n_reserved -= 1
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
         done: asyncio.Future[Result] = self._loop.create_future()
-        job = lambda: self._on_thread_call(function, done)  # noqa: E731
+        job = partial(self._on_thread_call, function, done)
         self._commands.put(lambda: self._jobs.append(job))
         return await done
+
+    def _reserve(self, n: int) -> None:
+        if n > self._capacity:
+            raise bad_request(
+                f"{n} sequences in one request; this server has {self._capacity} places"
+            )
+        if self._n_reserved + n > self._capacity:
+            raise overloaded()
+        self._n_reserved += n
 
     def fail_all(self, error: ApiError) -> None:
         """End everything that runs or waits with an error."""
         for generation in {id(g): g for g in self._generations.values()}.values():
             self.cancel(generation)
             generation.fail(error)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that were accepted and are not being written yet."""
+        return max(0, self._n_reserved - self.stats.running)
 
     @property
     def is_alive(self) -> bool:
@@ -191,6 +216,8 @@ class EngineThread:
     def _on_thread_call(
         self, function: Callable[[], Result], done: "asyncio.Future[Result]"
     ) -> None:
+        if done.cancelled():  # nobody waits for it any more
+            return
         try:
             result = function()
         except Exception as error:

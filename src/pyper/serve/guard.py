@@ -78,7 +78,8 @@ class Guard:
             await self._app(scope, receive, send_and_note)
         finally:
             path = scope["path"] if scope["path"] in KNOWN else "other"
-            self._count(path, status, time.perf_counter() - began)
+            # Without a status nobody was left to answer.
+            self._count(path, status or 499, time.perf_counter() - began)
 
     def _check(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]

@@ -93,12 +93,11 @@ class Service:
             raise bad_request(f"`input` may hold {MAX_INPUTS} texts", "input")
         # Read, not written after: a text may fill the context.
         texts = [await self._tokens(x, "input", None, context=self.context + 1) for x in body.input]
-        data = []
-        for index, tokens in enumerate(texts):
-            vector = await self.engine.call(partial(embed, self.mixture, tokens, expert))
-            if body.dimensions not in (None, len(vector)):
-                raise bad_request(f"`dimensions` can only be {len(vector)}", "dimensions")
-            data.append(embedding_object(index, vector, body.encoding_format or "float"))
+        vectors = await self.engine.call([partial(embed, self.mixture, t, expert) for t in texts])
+        if body.dimensions not in (None, len(vectors[0])):
+            raise bad_request(f"`dimensions` can only be {len(vectors[0])}", "dimensions")
+        encoding = body.encoding_format or "float"
+        data = [embedding_object(i, vector, encoding) for i, vector in enumerate(vectors)]
         n_tokens = sum(len(tokens) for tokens in texts)
         return {
             "object": "list",
