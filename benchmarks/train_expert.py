@@ -26,12 +26,19 @@ from rich.table import Table
 from pyper.config import ExpertConfig, TrainConfig
 from pyper.data import Batch
 from pyper.nn import Transformer, init_weights, train_flops_per_token
+from pyper.nn.fp8_linear import use_fp8
 from pyper.train import next_token_loss
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.recorded_step import RecordedStep
 from pyper.train.throughput import peak_flops
 
-ROWS = ["transformers eager", "transformers compiled", "Pyper eager", "Pyper compiled"]
+ROWS = [
+    "transformers eager",
+    "transformers compiled",
+    "Pyper eager",
+    "Pyper compiled",
+    "Pyper fp8 compiled",
+]
 Step = Callable[[], float]
 
 
@@ -71,6 +78,8 @@ def batch_of(args: argparse.Namespace, device: str) -> Batch:
 def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
     model = Transformer(shape_of(args))
     init_weights(model, 0)
+    if "fp8" in args.row:
+        use_fp8(model.blocks)
     model = model.to(device, torch.bfloat16).train()
     config = TrainConfig(
         steps=100,

@@ -319,3 +319,14 @@ def test_no_two_parts_read_in_the_same_order(open_new: Open) -> None:
     context = open_new("orders", "train.random_shards=true")
     first, rest = units_of(context)
     assert len({_data_seed(context, unit) for unit in [*first, *rest]}) == len(first) + len(rest)
+
+
+def test_a_run_in_fp8_learns_as_one_in_bf16(open_new: Open, tmp_path: Path) -> None:
+    final = {}
+    for precision in ("bf16", "fp8"):
+        model = ["model.d_model=32", "model.d_ff=64", "train.steps=60", "train.eval_every=60"]
+        context = open_new(precision, f"train.precision={precision}", *model)
+        (result,) = train_only(context, ["seed"])
+        final[precision] = result["loss"]
+    assert final["fp8"] != final["bf16"]
+    assert final["fp8"] == pytest.approx(final["bf16"], rel=0.01)

@@ -96,9 +96,10 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(default=2, gt=0)
     """Most recent checkpoints kept, beside the best."""
     log_every: int = Field(default=10, gt=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """`bf16`: weights, gradients and activations in bf16; fp32 master weights and sums.
-    `auto`: bf16 where the device multiplies it natively, else fp32."""
+    `auto`: bf16 where the device multiplies it natively, else fp32. `fp8`: as bf16, but the products
+    of the blocks in 8 bits (Hopper and newer; head, routers and experts of sparse layers stay)."""
     compile: bool = False
     """torch.compile each block (needs a C++ compiler on CPU)."""
 

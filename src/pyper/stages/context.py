@@ -108,7 +108,16 @@ def _as_started(run: RunConfig, start: ExpertConfig) -> ExpertConfig:
 
 
 def resolve_precision(run: RunConfig, device: torch.device) -> RunConfig:
-    """Replace `precision = "auto"` by what suits the device, for the run and for each expert."""
+    """Replace `precision = "auto"` by what suits the device, for the run and for each expert.
+
+    Raises ConfigError for "fp8" on a device that has no 8-bit products.
+    """
+    wanted = {run.train.precision} | {e.train.get("precision") for e in run.expert}
+    if "fp8" in wanted and not multiplies_fp8(device):
+        raise ConfigError(
+            f'`train.precision = "fp8"` is for GPUs from compute capability 8.9, not for {device}',
+            hint='use `precision = "bf16"`',
+        )
     best = {"precision": "bf16" if multiplies_bf16(device) else "fp32"}
     train, experts = run.train, run.expert
     if train.precision == "auto":
@@ -129,6 +138,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products of 8-bit floats run; on a CPU they do, but slowly: for tests."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
 
 
 def pick_device(name: str) -> torch.device:

@@ -61,7 +61,7 @@ def _steps(run: RunConfig, data: TokenData) -> dict[str, int]:
 
 def _needs(run: RunConfig) -> dict[str, int]:
     parameters = count_parameters(run.model)
-    half = run.train.precision == "bf16"
+    half = run.train.precision != "fp32"
     # bf16 weights + gradients and fp32 master, sum and two moments; or fp32 four times.
     state = parameters * (2 + 2 + 16 if half else 16)
     optimizer = 12 if half else 8

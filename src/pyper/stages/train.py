@@ -15,6 +15,7 @@ from pyper.data import Documents
 from pyper.errors import CheckpointError, ConfigError
 from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer, init_weights
+from pyper.nn.fp8_linear import use_fp8
 from pyper.stages.assign import ExpertData
 from pyper.stages.context import Budget, Context, plan_budget
 from pyper.stages.folder import read_json
@@ -169,7 +170,9 @@ def _new_model(context: Context, config: TrainConfig, unit: Unit) -> Transformer
         start = open_start(config.start_from, context.data.manifest.tokenizer_fingerprint)
         load_tensors_into(model, start.load())
     freeze(model, config.freeze)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if config.precision == "fp8":
+        use_fp8(model.blocks)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     return model.to(context.device, dtype)
 
 
