@@ -6,7 +6,8 @@ import torch
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
-from pyper.generate.draws import Draw, draw_tokens, to_device
+from pyper.generate.decode_step import to_device
+from pyper.generate.draws import Draw, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running
@@ -69,7 +70,7 @@ class BatchEngine:
         """Admit, read, and write one token for every request that has been read; [] when idle.
 
         On a GPU the next tokens are already under way when this returns, as long as nobody comes
-        and the experts stay the same: the GPU does not wait for the host.
+        and it is known which experts read them: the GPU does not wait for the host.
         """
         draws = self._ahead or self._read_and_draw()
         self._ahead = self._run_ahead(draws)
@@ -92,7 +93,7 @@ class BatchEngine:
     def _run_ahead(self, draws: list[Draw]) -> list[Draw]:
         """Read the tokens that are being drawn, and draw again, before the host has seen them.
 
-        Only if each has one expert to read it, whatever it is, and nobody waits to come in.
+        Only if it is known which experts read them, and nobody waits to come in.
         """
         if len(draws) != 1 or self._can_admit():
             return []
@@ -103,16 +104,16 @@ class BatchEngine:
         going = [(i, row) for i, row in rows if not row.is_last]
         if not going:
             return []
-        tokens = last.tokens
+        tokens, scores = last.tokens, last.scores
         if len(going) < len(tokens):
-            index = torch.tensor([i for i, _ in going])
-            tokens = tokens[to_device(index, tokens.device)]
-        said = self._reader.read_ahead([row.text for _, row in going], tokens)
-        return [draw_tokens([row for _, row in going], said)]
+            index = to_device(torch.tensor([i for i, _ in going]), tokens.device)
+            tokens, scores = tokens[index], scores[index]
+        texts, experts = [row.text for _, row in going], [last.experts[i] for i, _ in going]
+        said = self._reader.read_ahead(texts, tokens, experts, scores)
+        return [] if said is None else [draw_tokens([row for _, row in going], said)]
 
     def _may_go_on(self, row: Running) -> bool:
-        uses_seen = row.request.sampling.repetition_penalty != 1.0
-        return row.is_last or (not uses_seen and self._reader.can_read_ahead(row.text))
+        return row.is_last or row.request.sampling.repetition_penalty == 1.0
 
     def _is_running(self, row: Running) -> bool:
         return self._running.get(row.request_id) is row

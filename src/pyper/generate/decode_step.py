@@ -73,9 +73,7 @@ class DecodeStep:
         filled = [[token, at, *pages] for token, at, pages in rows]
         padded = [row + [0] * (width - len(row)) for row in filled]
         host = torch.tensor(padded + [[0] * width] * (self.batch - len(rows)))
-        if self._inputs.is_cuda:
-            host = host.pin_memory()  # the host need not wait for the copy
-        self._inputs.copy_(host, non_blocking=True)
+        self._inputs.copy_(to_device(host, self._inputs.device))
         if tokens is not None:
             self._inputs[: len(rows), 0] = tokens
         if self._graph is None:
@@ -108,6 +106,11 @@ class DecodeStep:
             mixed = paged_attention(query, key, value, keys, values, pages, positions, PAGE_TOKENS)
             x = self._after(block, x, mixed)
         return self._last(model, x)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def before(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

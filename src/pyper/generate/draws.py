@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyper.generate.decode_step import to_device
 from pyper.generate.mixture_reader import Predictions
 from pyper.generate.running import Alternatives, Running
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw
@@ -21,6 +22,8 @@ class Draw:
     """(R, A), those that had read the row."""
     tokens: Tensor
     """(R,), where they were drawn."""
+    scores: Tensor
+    """(R, A), the experts' log-probabilities of the tokens, likewise."""
     _numbers: Tensor
     """(R, 2 + A) float64 on the host: token, its log-probability, that of each expert."""
     _arrived: torch.cuda.Event | None
@@ -61,12 +64,7 @@ def draw_tokens(rows: list[Running], predictions: Predictions) -> Draw:
     if n_best:
         top = log_probs.topk(n_best, dim=-1)
         best = top.values, top.indices
-    return Draw(rows, predictions.experts, tokens, *_to_host(numbers), best)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return Draw(rows, predictions.experts, tokens, of_experts, *_to_host(numbers), best)
 
 
 def _to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -111,16 +111,28 @@ def posterior_of(states: list[MixingState]) -> Tensor:
 
     Under `top1` and `window` this is the cold start: all experts, none dropped.
     """
-    settings = states[0].settings
+    log_weights, live = posterior_log_weights(states[0].settings, *evidence_of(states))
+    for state, row in zip(states, live.tolist(), strict=True):
+        state.live = row
+    return log_weights.exp().float()
+
+
+def evidence_of(states: list[MixingState]) -> tuple[Tensor, Tensor]:
+    """What the posterior has taken in, and who is live, (R, E) both."""
     evidence = torch.from_numpy(np.stack([state.evidence for state in states]))
-    live = torch.tensor([state.live for state in states])
+    return evidence, torch.tensor([state.live for state in states])
+
+
+def posterior_log_weights(
+    settings: MixtureSettings, evidence: Tensor, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log weights (R, E), and who is live from now on; evidence float64 and live (R, E)."""
     log_weights = evidence.masked_fill(~live, -math.inf).log_softmax(dim=-1)
     if settings.mixing != "posterior":
-        return log_weights.exp().float()
+        return log_weights, live
     if settings.prune > 0:
         # Many experts begin with little each: half of an equal share is no evidence against one.
         threshold = min(settings.prune, 0.5 / log_weights.shape[-1])
         log_weights = prune(log_weights, threshold)
-        for state, kept in zip(states, torch.isfinite(log_weights).tolist(), strict=True):
-            state.live = kept
-    return keep_top_k(log_weights, min(settings.top_k, log_weights.shape[-1])).exp().float()
+        live = torch.isfinite(log_weights)
+    return keep_top_k(log_weights, min(settings.top_k, log_weights.shape[-1])), live

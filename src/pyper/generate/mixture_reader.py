@@ -9,8 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pyper.generate.decode_step import to_device
 from pyper.generate.expert_runner import ExpertRunner
-from pyper.generate.mixing_state import MixingState, posterior_of
+from pyper.generate.mixing_state import (
+    MixingState,
+    evidence_of,
+    posterior_log_weights,
+    posterior_of,
+)
 from pyper.generate.pages import PagePool
 from pyper.generate.reading import Job, Reading, Text, begin_reading
 from pyper.mixture import Mixture
@@ -118,42 +124,67 @@ class MixtureReader:
         with_experts.sort(key=lambda pair: len(pair[1]))
         return [self._mix(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
 
-    def can_read_ahead(self, text: Text) -> bool:
-        """Whether one expert, which is there, reads the next token whatever it is."""
-        if not text.state.stays_decided(len(text.tokens)):
-            return False
-        [expert] = _used(text)
-        if not self.mixture.is_loaded(expert):
-            return False
-        return self._runner(self.mixture.expert(expert)).fixed_shapes
-
-    def read_ahead(self, texts: Sequence[Text], tokens: Tensor) -> Predictions:
+    def read_ahead(
+        self, texts: Sequence[Text], tokens: Tensor, experts: list[list[int]], scores: Tensor
+    ) -> Predictions | None:
         """Predictions after one more token (R,) in each text, which only the device knows yet.
 
-        The caller appends it later. Only for texts that `can_read_ahead`.
+        experts, scores: (R, A), who had read the texts, and what they say of the tokens. The
+        caller appends the tokens later. None where what comes next depends on them.
         """
-        experts = [_used(text)[0] for text in texts]
-        log_probs: list[Tensor] = [tokens] * len(texts)
-        for expert in sorted(set(experts)):
+        if not all(self._goes_on(text) for text in texts):
+            return None
+        self._weigh(texts)
+        now = [self._next_readers(text) for text in texts]
+        if len({len(es) for es in now}) > 1:
+            return None
+        said: dict[tuple[int, int], Tensor] = {}
+        for expert in sorted({e for es in now for e in es}):
+            rows = [i for i, es in enumerate(now) if expert in es]
+            part = tokens if len(rows) == len(texts) else tokens[_index(rows, tokens)]
             model = self.mixture.expert(expert)
-            rows = [i for i, other in enumerate(experts) if other == expert]
-            part = tokens
-            if len(rows) < len(texts):
-                part = tokens[torch.tensor(rows).to(tokens.device)]
             readings = [(texts[i], texts[i].readings[expert]) for i in rows]
-            said = self._runner(model).read_ahead(model, readings, part, self.pool)
-            for i, row in zip(rows, said, strict=True):
-                log_probs[i] = row
-        stacked = torch.stack(log_probs)
-        return Predictions(list(texts), [[e] for e in experts], stacked, stacked[:, None])
+            log_probs = self._runner(model).read_ahead(model, readings, part, self.pool)
+            said |= {(i, expert): row for i, row in zip(rows, log_probs, strict=True)}
+        per_expert = torch.stack([said[i, e] for i, es in enumerate(now) for e in es])
+        per_expert = per_expert.view(len(texts), -1, per_expert.shape[-1])
+        if per_expert.shape[1] == 1:
+            return Predictions(list(texts), now, per_expert[:, 0], per_expert)
+        weights = self._weights_ahead(texts, experts, scores)
+        weights = weights.gather(1, _index(now, weights))
+        return Predictions(list(texts), now, mix_log_probs(weights, per_expert), per_expert)
+
+    def _goes_on(self, text: Text) -> bool:
+        """Whether it is known who reads the next token, whatever it is, and they are ready."""
+        is_known = text.state.stays_decided(len(text.tokens))
+        return (is_known or text.state.settings.mixing == "posterior") and all(
+            self._is_current(text, e)
+            and self.mixture.is_loaded(e)
+            and self._runner(self.mixture.expert(e)).fixed_shapes
+            for e in self._next_readers(text)
+        )
+
+    def _next_readers(self, text: Text) -> list[int]:
+        return _used(text) if text.state.stays_decided(len(text.tokens)) else _live(text)
+
+    def _weights_ahead(
+        self, texts: Sequence[Text], experts: list[list[int]], scores: Tensor
+    ) -> Tensor:
+        """Log weights (R, E) once the posterior has seen the scores (R, A) of one more token."""
+        settings, device = self.mixture.settings, scores.device
+        evidence, live = (x.to(device) for x in evidence_of([t.state for t in texts]))
+        more = settings.temperature * scores.double()
+        evidence = evidence.scatter_add(1, _index(experts, evidence), more)
+        return posterior_log_weights(settings, evidence, live)[0]
 
     def append(
         self, text: Text, token: int, experts: Sequence[int], scores: Sequence[float]
     ) -> None:
         """Add one token, of which the experts said log p = scores."""
         for expert, score in zip(experts, scores, strict=True):
-            text.state.scores[len(text.tokens), expert] = score
-            text.readings[expert].n_scored = len(text.tokens) + 1
+            if expert in text.readings:  # else it was dropped while the token was under way
+                text.state.scores[len(text.tokens), expert] = score
+                text.readings[expert].n_scored = len(text.tokens) + 1
         text.tokens.append(token)
 
     def _has_evidence(self, text: Text) -> bool:
@@ -289,6 +320,10 @@ class MixtureReader:
 
     def _forget(self, text: Text, expert: int) -> None:
         self.pool.release(text.readings.pop(expert).pages)
+
+
+def _index(rows: list[int] | list[list[int]], like: Tensor) -> Tensor:
+    return to_device(torch.tensor(rows), like.device)
 
 
 def _live(text: Text) -> list[int]:
