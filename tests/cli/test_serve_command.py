@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -66,6 +67,20 @@ def test_a_folder_without_a_model_is_refused(pyper: Pyper, tmp_path: Path) -> No
     done = pyper("serve", tmp_path, "--port", 0)
     assert done.exit_code == 1
     assert "neither a run nor a mixture" in done.complaint[0]
+
+
+def test_a_damaged_expert_is_found_before_it_is_asked_for(
+    pyper: Pyper, finished_run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(finished_run / "mixture", tmp_path / "mixture")
+    weights = next(copy.glob("experts/01-*/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    done = pyper("serve", copy, "--port", 0)
+    assert done.exit_code == 1
+    assert "is damaged" in done.complaint[0]
 
 
 @pytest.mark.parametrize(

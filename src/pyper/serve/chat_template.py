@@ -50,7 +50,8 @@ def open_template(model: Path, file: Path | None) -> ChatTemplate:
         return ChatTemplate(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot read the chat template {file}: {error}", hint="it must be a UTF-8 text file"
+            f"cannot read the chat template {file}: {getattr(error, 'strerror', None) or error}",
+            hint="it must be a UTF-8 text file",
         ) from None
 
 

@@ -30,9 +30,11 @@ def listen(settings: ServeSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
+        # `create_server` adds what it tried to the system's words.
+        why = str(error.strerror or error).partition(" (while")[0]
         raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}",
-            hint="another `--port`? 0 takes a free one",
+            f"cannot listen on {settings.host}:{settings.port}: {why}",
+            hint="`--host` takes an address of this machine, `--port 0` a free port",
         ) from None
 
 

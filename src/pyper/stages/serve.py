@@ -10,7 +10,7 @@ from pyper.errors import ConfigError, MissingExtraError
 from pyper.generate import EngineLimits
 from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
-from pyper.stages.write import open_model
+from pyper.stages.write import OpenModel, open_model
 
 KEY_VARIABLE = "PYPER_API_KEY"
 
@@ -38,6 +38,7 @@ def serve_model(
     with listen(settings) as listening:
         model = open_model(path, expert=None, mixing=mixing, resident=resident, device=device)
         template = open_template(path, chat_template)
+        _load_experts(model, resident)
         n, context = len(model.names), model.mixture.settings.seq_len
         console.print(
             f"{settings.name}: {n} expert{'s' * (n != 1)}, context {context:,}. "
@@ -46,6 +47,12 @@ def serve_model(
             soft_wrap=True,
         )
         run_server(model.mixture, model.tokenizer, template, settings, engine_limits, listening)
+
+
+def _load_experts(model: OpenModel, resident: int | None) -> None:
+    """Before anyone asks: a damaged file is found now, and the first answer is not slow."""
+    for index in range(min(resident or len(model.names), len(model.names))):
+        model.mixture.expert(index)
 
 
 def name_of(path: Path) -> str:
