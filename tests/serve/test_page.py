@@ -1,5 +1,6 @@
 """The chat page in a real browser."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,6 @@ from selenium.webdriver.common.keys import Keys
 from serve.browser import Page, chromium
 from serve.small_server import KEY, NAMES, Server, serving
 from serve.talking_mixture import save_talking_mixture
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +232,8 @@ def test_the_key_is_asked_for(shared_page: Page, hasty_server: Server) -> None:
 
 @pytest.mark.slow
 def test_screenshots_for_the_manual(tmp_path: Path) -> None:
-    """Writes docs/page-*.png, of eight experts that know a few sentences each."""
+    """Eight experts that know a few sentences each; PYPER_SCREENSHOTS=docs keeps the pictures."""
+    folder = Path(os.environ.get("PYPER_SCREENSHOTS", tmp_path))
     with serving(save_talking_mixture(tmp_path)) as server:
         for scheme in ("light", "dark"):
             with chromium(1280, 900, dark=scheme == "dark") as page:
@@ -245,7 +245,7 @@ def test_screenshots_for_the_manual(tmp_path: Path) -> None:
                     ask(page, text, max_tokens=70)
                     page.wait(lambda: not page.is_writing())
                 picture = page.window.get_screenshot_as_png()
-                (DOCS / f"page-{scheme}.png").write_bytes(picture)
+                (folder / f"page-{scheme}.png").write_bytes(picture)
                 assert len(picture) > 20_000
 
 
