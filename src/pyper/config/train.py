@@ -100,6 +100,9 @@ class TrainConfig(Section):
     """`bf16`: weights, gradients and activations in bf16; fp32 master weights and sums.
     `auto`: bf16 where the device multiplies it natively, else fp32. `fp8`: as bf16, but the products
     of the blocks in 8 bits (Hopper and newer; head, routers and experts of sparse layers stay)."""
+    recompute_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks that compute their activations again in the backward pass: a third more work there, a
+    fraction of the memory. `auto`: as few as it takes for a micro-batch to fit the GPU."""
     compile: bool = False
     """torch.compile each block (needs a C++ compiler on CPU)."""
 

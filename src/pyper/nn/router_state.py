@@ -27,6 +27,8 @@ class RouterState(nn.Module):
         self.sparse = sparse
         self.trained_share = 0.0
         """Of all steps of the training: set before each."""
+        self.is_recomputing = False
+        """In a backward pass that computes activations again: everything was observed before."""
         n = sparse.n_experts
         self.register_buffer("threshold_total", torch.zeros(n))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
@@ -63,7 +65,8 @@ class RouterState(nn.Module):
 
     def observe_kth_score(self, kth_score: Tensor) -> None:
         """The k-th scores (E,) of one micro-batch."""
-        self._kth_scores.append(kth_score.detach())
+        if not self.is_recomputing:
+            self._kth_scores.append(kth_score.detach())
 
     @torch.no_grad()
     def set_threshold(self, threshold: Tensor) -> None:
@@ -74,10 +77,10 @@ class RouterState(nn.Module):
 
     def observe_load(self, chosen: Tensor, scores: Tensor) -> Tensor:
         """The choices and scores (N, E) of one micro-batch; the experts' shares so far (E,)."""
-        load = chosen.sum(dim=0)
-        self._loads.append(load)
-        if self.sparse.balance == "quantile_bias":
-            self._scores.append(scores)
+        if not self.is_recomputing:
+            self._loads.append(chosen.sum(dim=0))
+            if self.sparse.balance == "quantile_bias":
+                self._scores.append(scores)
         total = torch.stack(self._loads).sum(dim=0).float()
         return total / total.sum()
 

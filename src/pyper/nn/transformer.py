@@ -15,6 +15,7 @@ from pyper.nn.documents import document_ids, positions
 from pyper.nn.expert_stack import ExpertStack
 from pyper.nn.kv_cache import CachePass, KVCache
 from pyper.nn.norm import RMSNorm
+from pyper.nn.recompute import run_recomputed
 from pyper.nn.rope import rotation
 from pyper.nn.router_state import RouterState
 from pyper.nn.sparse_feed_forward import Routed, Rule
@@ -36,6 +37,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ExpertConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_blocks = 0
+        """So many blocks, from the first on, keep no activations for the backward pass."""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         mixed = config.kind == "token_mixture"
         n_blocks = config.routing.stem_layers if mixed else config.n_layers
@@ -158,7 +161,10 @@ class Transformer(nn.Module):
     def _run(self, x: Tensor, context: AttentionContext) -> Reading:
         routed = []
         for layer, block in enumerate(self.blocks):
-            x, layer_routed = block(x, context, layer)
+            if layer < self.recompute_blocks and self.training and torch.is_grad_enabled():
+                x, layer_routed = run_recomputed(block, x, context, layer)
+            else:
+                x, layer_routed = block(x, context, layer)
             if layer_routed is not None:
                 routed.append(layer_routed)
         if self.experts is not None:

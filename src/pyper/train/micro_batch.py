@@ -17,11 +17,18 @@ def choose_micro_batch_size(
 ) -> int:
     """`micro_batch_size`, or for "auto" the largest divisor of the batch that fits the device.
 
-    The choice changes speed and memory only: gradients are summed over the whole batch.
+    Sets the model's `recompute_blocks` as well: "auto" recomputes only where a size that was asked
+    for does not fit otherwise. The choice changes speed and memory only: gradients are summed over
+    the whole batch.
     """
     batch_size = config.global_batch_tokens // seq_len
+    if config.recompute_blocks != "auto":
+        model.recompute_blocks = config.recompute_blocks
     if config.micro_batch_size != "auto":
-        return min(config.micro_batch_size, batch_size)
+        size = min(config.micro_batch_size, batch_size)
+        if config.recompute_blocks == "auto" and model.device.type == "cuda":
+            model.recompute_blocks = _fewest_that_fit(model, size, seq_len, loss_fn)
+        return size
     candidates = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     if model.device.type != "cuda":
         limit = max(1, _CPU_TOKENS // seq_len)
@@ -30,6 +37,16 @@ def choose_micro_batch_size(
         if _fits(model, size, seq_len, loss_fn):
             return size
     return 1
+
+
+def _fewest_that_fit(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) -> int:
+    """Blocks to recompute: none, a quarter, a half … all."""
+    n_blocks = len(model.blocks)
+    for quarters in range(4):
+        model.recompute_blocks = n_blocks * quarters // 4
+        if _fits(model, size, seq_len, loss_fn):
+            return model.recompute_blocks
+    return n_blocks
 
 
 def _fits(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) -> bool:
