@@ -114,7 +114,7 @@ def main() -> None:
     results: dict[str, Any] = {"one after another": one_by_one}
     table = Table("at once", "tokens/s", "ratio", "largest difference of a loss")
     table.add_row("1", f"{one_by_one:,.0f}", "1.00", "")
-    for n in (2, 4, options.experts):
+    for n in sorted({min(n, options.experts) for n in (2, 4, options.experts)}):
         crew = Crew(options, range(n))
         speed = n * work / crew.run()
         pairs = [zip(crew.losses[e], alone[e].losses[e], strict=True) for e in range(n)]
