@@ -32,6 +32,10 @@ from pyper.stages.serve import serve_model
 
 CONTEXT = 2048
 KEY = "a-key-of-the-tests"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('not that word') }}"
+    "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+)
 _CLEAN = {"PYPER_API_KEY": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
@@ -167,6 +171,8 @@ def _keep_reading(process: "subprocess.Popen[str]", printed: list[str]) -> None:
 
 def _serve_with_limits(model: str, limits: dict[str, Any], key: str | None, running: int) -> None:
     settings = ServeSettings(name="tiny", port=0, api_key=key, limits=Limits(**limits))
+    template = Path(model).with_name("template.jinja")
+    template.write_text(TEMPLATE)
     serve_model(
         Path(model),
         settings,
@@ -175,7 +181,7 @@ def _serve_with_limits(model: str, limits: dict[str, Any], key: str | None, runn
         mixing=None,
         resident=None,
         device="cpu",
-        chat_template=None,
+        chat_template=template,
     )
 
 
