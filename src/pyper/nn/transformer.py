@@ -163,8 +163,10 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer < self.recompute_blocks and self.training and torch.is_grad_enabled():
                 x, layer_routed = run_recomputed(block, x, context, layer)
-            else:
+            elif self.training:
                 x, layer_routed = block(x, context, layer)
+            else:  # a block is compiled for the shapes of training: others would compile it again
+                x, layer_routed = block.forward(x, context, layer)
             if layer_routed is not None:
                 routed.append(layer_routed)
         if self.experts is not None:
