@@ -5,16 +5,20 @@ from pyper.generate.engine import Completion, Piece, complete, encode_prompt, st
 from pyper.generate.int8 import with_int8_weights
 from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw, filtered_probs
+from pyper.generate.speculation import Drafter, ModelDrafter, RepetitionDrafter
 from pyper.generate.text import TextStream
 
 __all__ = [
     "BatchEngine",
     "Completion",
+    "Drafter",
     "EngineLimits",
     "EngineStats",
     "Event",
     "FinishReason",
+    "ModelDrafter",
     "Piece",
+    "RepetitionDrafter",
     "Request",
     "SamplingBatch",
     "SamplingConfig",

@@ -11,6 +11,7 @@ from pyper.generate.draws import Draw, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running
+from pyper.generate.speculation import Drafter, Payoff
 from pyper.generate.text import TextStream
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
@@ -31,8 +32,9 @@ class BatchEngine:
         *,
         compiled: bool = False,
         fixed_shapes: bool | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """compiled, fixed_shapes: see `MixtureReader`."""
+        """compiled, fixed_shapes: see `MixtureReader`; drafter: guesses tokens while that pays."""
         self.mixture, self.tokenizer, self.limits = mixture, tokenizer, limits
         self._reader = MixtureReader(
             mixture,
@@ -40,7 +42,9 @@ class BatchEngine:
             prefill_chunk=limits.prefill_chunk,
             compiled=compiled,
             fixed_shapes=fixed_shapes,
+            drafter=drafter,
         )
+        self._payoff = Payoff()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}
         self._ahead: list[Draw] = []
@@ -72,6 +76,9 @@ class BatchEngine:
         On a GPU the next tokens are already under way when this returns, as long as nobody comes
         and it is known which experts read them: the GPU does not wait for the host.
         """
+        self._payoff.begin()
+        self._reader.may_guess = self._payoff.is_on
+        before = self._reader.n_prefilled
         draws = self._ahead or self._read_and_draw()
         self._ahead = self._run_ahead(draws)
         events = [event for draw in draws for event in self._land(draw)]
@@ -79,6 +86,7 @@ class BatchEngine:
             running.n_pages = self._reader.pages_left_for(running.text)
         if not self._running:
             self._ahead = []
+        self._payoff.end(len(events), counts=self._reader.n_prefilled == before)
         return sorted(events, key=lambda event: event.request_id)
 
     def _read_and_draw(self) -> list[Draw]:
@@ -148,6 +156,8 @@ class BatchEngine:
             decoded_tokens=self._n_decoded,
             reused_tokens=reader.n_reused,
             resident_experts=self.mixture.n_loaded,
+            guessed_tokens=reader.n_guessed,
+            accepted_tokens=reader.n_accepted,
         )
 
     def _check(self, request: Request) -> None:

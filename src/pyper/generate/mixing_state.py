@@ -90,9 +90,11 @@ class MixingState:
 
     def take_in(self, n: int) -> None:
         """Let the posterior see the scores of the first n tokens."""
-        for t in range(self._n_summed, n):
-            self.evidence += self.settings.temperature * self.scores[t]
-        self._n_summed = max(self._n_summed, n)
+        if n > self._n_summed:
+            new = self.settings.temperature * self.scores[self._n_summed : n].astype(np.float64)
+            # One after another: a sum would add in an order that depends on how many there are.
+            self.evidence = np.cumsum(np.vstack([self.evidence, new]), axis=0)[-1]
+            self._n_summed = n
 
     def _route(self, tokens: list[int], start: int, length: int) -> int:
         """By the `length` tokens after the one at `start`."""

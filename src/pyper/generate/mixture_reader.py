@@ -19,12 +19,16 @@ from pyper.generate.mixing_state import (
 )
 from pyper.generate.pages import PagePool
 from pyper.generate.reading import Job, Reading, Text, begin_reading
+from pyper.generate.speculation import Drafter
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.nn.kv_cache import ROW_TILE
 from pyper.routing import mix_log_probs
 
 # Passes of the experts in memory while one that is not there is waited for.
 _PATIENCE = 256
+# With the last token they fill a tile of rows: on a CPU they are read for nothing.
+N_GUESSES = ROW_TILE - 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class MixtureReader:
         prefill_chunk: int,
         compiled: bool = False,
         fixed_shapes: bool | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """compiled: decoding steps go through `torch.compile` (on a GPU: faster, after a minute).
 
@@ -63,7 +68,8 @@ class MixtureReader:
         self.mixture, self.prefill_chunk = mixture, prefill_chunk
         self.compiled, self.fixed_shapes = compiled, fixed_shapes
         self.pool = PagePool(cache_tokens // PAGE_TOKENS)
-        self.n_prefilled = self.n_reused = 0
+        self.n_prefilled = self.n_reused = self.n_guessed = self.n_accepted = 0
+        self.drafter, self.may_guess = drafter, True
         self._n_waited = 0
         n = mixture.n_experts
         self._one_expert = [tuple(float(e == chosen) for e in range(n)) for chosen in range(n)]
@@ -106,6 +112,8 @@ class MixtureReader:
     def advance(self, texts: Sequence[Text]) -> list[Text]:
         """Read what is due, long prompts in part; those whose next token can be predicted."""
         budget: dict[int, int] = defaultdict(lambda: self.prefill_chunk)
+        for text in texts if self.drafter is not None and self.may_guess else ():
+            self._guess(text)
         # 1. what the rule needs to know of every expert
         self._read(
             [(t, e, t.state.n_evidence(len(t.tokens))) for t in texts for e in _live(t)], budget
@@ -156,6 +164,8 @@ class MixtureReader:
 
     def _goes_on(self, text: Text) -> bool:
         """Whether it is known who reads the next token, whatever it is, and they are ready."""
+        if text.guesses or (self.drafter is not None and self.may_guess):
+            return False  # one way to hurry at a time
         is_known = text.state.stays_decided(len(text.tokens))
         return (is_known or text.state.settings.mixing == "posterior") and all(
             self._is_current(text, e)
@@ -185,7 +195,32 @@ class MixtureReader:
             if expert in text.readings:  # else it was dropped while the token was under way
                 text.state.scores[len(text.tokens), expert] = score
                 text.readings[expert].n_scored = len(text.tokens) + 1
+        if text.guesses:
+            self._check_guess(text, token)
         text.tokens.append(token)
+
+    def _guess(self, text: Text) -> None:
+        """Guess what comes after the last token, where that is all there is to read."""
+        n = len(text.tokens)
+        most = min(N_GUESSES, text.capacity - 1 - n)
+        if text.guesses or most < 1:
+            return
+        if any(reading.n_read == n - 1 for reading in text.readings.values()):
+            assert self.drafter is not None
+            text.guesses = self.drafter.guess(text, most)
+            self.n_guessed += len(text.guesses)
+
+    def _check_guess(self, text: Text, token: int) -> None:
+        """Once the next token is known: if it was guessed, what comes after it has been read."""
+        is_right = token == text.guesses[0]
+        self.n_accepted += is_right
+        for reading in text.readings.values():
+            if reading.ahead and is_right:
+                reading.last = reading.ahead.pop(0)
+                reading.n_read += 1
+            else:
+                reading.ahead.clear()
+        text.guesses = text.guesses[1:] if is_right else []
 
     def _has_evidence(self, text: Text) -> bool:
         due = text.state.n_evidence(len(text.tokens))
@@ -235,7 +270,8 @@ class MixtureReader:
             reading = self._reading_of(text, expert, upto)
             if reading.n_read >= upto:
                 continue
-            job = self._within(Job(text, reading, upto), budget)
+            guesses = text.guesses if upto == len(text.tokens) else []
+            job = self._within(Job(text, reading, upto, guesses), budget)
             if job is not None:
                 jobs[expert].append(job)
         if not jobs:
@@ -299,15 +335,15 @@ class MixtureReader:
 
     def _within(self, job: Job, budget: dict[int, int]) -> Job | None:
         """As much of a job as the budget of its expert allows; single tokens are always read."""
-        if job.n_new == 1:
-            return job
         expert, start = job.reading.expert, job.reading.n_read
+        if job.upto == start + 1:
+            return job
         upto = min(job.upto, start + budget[expert])
         if upto == start:
             return None
         budget[expert] -= upto - start
         self.n_prefilled += upto - start
-        return Job(job.text, job.reading, upto)
+        return job if upto == job.upto else Job(job.text, job.reading, upto)
 
     def _store(self, model: Transformer) -> KVStore:
         c = model.config

@@ -29,6 +29,8 @@ class Reading:
     """Tokens whose scores are known (the first has none)."""
     last: Tensor | None = None
     """(V,), log p of the token after those that were read."""
+    ahead: list[Tensor] = field(default_factory=list)
+    """Likewise after each of the text's guesses, should they come true."""
 
 
 @dataclass(eq=False)
@@ -42,6 +44,8 @@ class Text:
     readings: dict[int, Reading] = field(default_factory=dict)
     weights: tuple[float, ...] | None = None
     """(E,), of the next prediction, once they are known."""
+    guesses: list[int] = field(default_factory=list)
+    """Tokens that may come next, and are read on trial."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ class Job:
     text: Text
     reading: Reading
     upto: int
+    guesses: Sequence[int] = ()
+    """Tokens after those, read on trial."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the pass."""
+        return [*self.text.tokens[self.start : self.upto], *self.guesses]
 
     @property
     def n_held(self) -> int:
@@ -68,7 +79,7 @@ class Job:
     @property
     def n_new(self) -> int:
         """Tokens of the pass."""
-        return self.upto - self.start
+        return self.upto - self.start + len(self.guesses)
 
 
 def begin_reading(expert: int, text: Text, pool: PagePool, upto: int) -> Reading:
@@ -91,9 +102,9 @@ def read(model: Transformer, store: KVStore, pool: PagePool, jobs: Sequence[Job]
     """Run the jobs of one expert in one pass; each reading then knows its next prediction."""
     jobs = sorted(jobs, key=lambda job: job.n_new)  # equal lengths share one attention
     for job in jobs:
-        take_pages(job.reading, job.upto, pool)
+        take_pages(job.reading, job.upto + len(job.guesses), pool)
     chunks = [Chunk(job.reading.pages, job.start, job.n_new, job.n_held) for job in jobs]
-    tokens = [token for job in jobs for token in job.text.tokens[job.start : job.upto]]
+    tokens = [token for job in jobs for token in job.tokens]
     states = model.read_cached(torch.tensor(tokens).to(model.device), CachePass.plan(store, chunks))
     _predict(model, states, jobs)
     for job in jobs:
@@ -109,30 +120,31 @@ def take_pages(reading: Reading, upto: int, pool: PagePool) -> None:
 
 def _predict(model: Transformer, states: Tensor, jobs: Sequence[Job]) -> None:
     """What is said of the token after each chunk, and of the tokens in it as far as it matters."""
-    rows, targets, ends, at = [], [], [], 0
-    places: list[tuple[Job, int]] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    scored: list[tuple[int, range]] = []
+    ends: list[int] = []
+    at = 0
     for job in jobs:
-        tokens, first = job.text.tokens, job.reading.n_scored
-        scored = range(
-            max(first, job.start + 1), min(len(tokens), job.text.state.n_scored, job.upto + 1)
-        )
-        for position in scored:
-            rows.append(at + position - 1 - job.start)
-            targets.append(tokens[position])
-            places.append((job, position))
+        tokens, first = job.text.tokens, max(job.reading.n_scored, job.start + 1)
+        positions = range(first, min(len(tokens), job.text.state.n_scored, job.upto + 1))
+        scored.append((len(rows), positions))
+        rows.extend(at + position - 1 - job.start for position in positions)
+        targets.extend(tokens[positions.start : positions.stop])
+        # After the last token, and after each guess: whatever comes next.
+        asked = range(at + job.upto - 1 - job.start, at + job.n_new)
+        ends.extend(range(len(rows), len(rows) + len(asked)))
+        rows.extend(asked)
+        targets.extend([-1] * len(asked))
         at += job.n_new
-        if not scored or scored[-1] != job.upto:
-            rows.append(at - 1)
-            targets.append(-1)
-            places.append((job, -1))
-        ends.append(len(rows) - 1)
-    scores, last = _log_probs(model, states, rows, targets, ends)
-    for (job, position), score in zip(places, scores, strict=True):
-        if position >= 0:
-            job.text.state.scores[position, job.reading.expert] = score
-            job.reading.n_scored = position + 1
-    for job, log_probs in zip(jobs, last, strict=True):
-        job.reading.last = log_probs
+    scores, said = _log_probs(model, states, rows, targets, ends)
+    for job, (begin, positions) in zip(jobs, scored, strict=True):
+        job.reading.last, *job.reading.ahead = said[: 1 + len(job.guesses)]
+        del said[: 1 + len(job.guesses)]
+        if positions:
+            column = job.text.state.scores[:, job.reading.expert]
+            column[positions.start : positions.stop] = scores[begin : begin + len(positions)]
+            job.reading.n_scored = positions.stop
 
 
 def _log_probs(

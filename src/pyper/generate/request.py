@@ -66,3 +66,7 @@ class EngineStats:
     reused_tokens: int
     """Prompt tokens that were not read again because another request had read them."""
     resident_experts: int
+    guessed_tokens: int = 0
+    """Tokens that were read on trial."""
+    accepted_tokens: int = 0
+    """Of those the ones that came."""
