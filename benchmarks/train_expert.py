@@ -23,7 +23,7 @@ from _record import add_json_option, write_record
 from rich.console import Console
 from rich.table import Table
 
-from pyper.config import ExpertConfig, TrainConfig
+from pyper.config import ExpertConfig, SparseConfig, TrainConfig
 from pyper.data import Batch
 from pyper.nn import Transformer, init_weights, train_flops_per_token
 from pyper.nn.fp8_linear import use_fp8
@@ -51,13 +51,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32_768)
+    parser.add_argument(
+        "--experts", type=int, default=0, help="sparse feed-forwards (Pyper's rows)"
+    )
+    parser.add_argument("--capacity", type=float, default=1.0, help="experts per token")
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
     return parser.parse_args()
 
 
 def shape_of(args: argparse.Namespace) -> ExpertConfig:
+    sparse = {
+        "kind": "sparse",
+        "sparse": SparseConfig(n_experts=args.experts, capacity_factor=args.capacity),
+    }
     return ExpertConfig(
+        **(sparse if args.experts else {}),
         vocab_size=args.vocabulary,
         seq_len=args.seq_len,
         bos_id=0,
@@ -86,6 +96,7 @@ def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
         global_batch_tokens=args.micro_batch * args.seq_len,
         micro_batch_size=args.micro_batch,
         learning_rate=1e-4,
+        optimizer=args.optimizer,
     )
     if compiled:
         for block in model.blocks:
