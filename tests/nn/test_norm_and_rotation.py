@@ -7,9 +7,10 @@ from torch.func import functional_call
 
 from nn.small_experts import small_config, small_expert
 from pyper.config import RopeScaling
+from pyper.kernels import activate
 from pyper.nn.attention import Attention, AttentionContext, document_mask
 from pyper.nn.documents import document_ids, positions
-from pyper.nn.feed_forward import FeedForward, activate
+from pyper.nn.feed_forward import FeedForward
 from pyper.nn.norm import RMSNorm
 from pyper.nn.rope import apply_rotation, inverse_frequencies, rotation
 

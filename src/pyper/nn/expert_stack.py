@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
+from pyper.kernels import activate
 from pyper.nn.attention import AttentionContext
 from pyper.nn.expert_linear import ExpertLinear
-from pyper.nn.feed_forward import activate
 from pyper.nn.norm import rms_norm
 from pyper.nn.rope import apply_rotation
 from pyper.nn.router_state import RouterState

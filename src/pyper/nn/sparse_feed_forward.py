@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
 from pyper.kernels import (
+    activate,
     combine_rows,
     expert_feed_forward,
     gather_rows,
@@ -17,7 +18,7 @@ from pyper.kernels import (
     slots_of,
 )
 from pyper.nn.expert_linear import ExpertLinear
-from pyper.nn.feed_forward import FeedForward, activate
+from pyper.nn.feed_forward import FeedForward
 from pyper.nn.kv_cache import ROW_TILE
 from pyper.nn.router_state import RouterState
 from pyper.routing.capped_choice import choose_tokens_capped
