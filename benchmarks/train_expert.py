@@ -99,8 +99,7 @@ def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
         optimizer=args.optimizer,
     )
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     step_fn = RecordedStep(model, ExpertOptimizer(model, config, 1e-4), next_token_loss)
     batch = batch_of(args, device)
     return lambda: step_fn([batch], 1.0).loss

@@ -50,8 +50,7 @@ def make_step(expert: int, compiled: bool) -> RecordedStep:
     init_weights(model, expert)
     model = model.to(DEVICE, torch.bfloat16 if ON_GPU else torch.float32).train()
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     config = TrainConfig(
         steps=100,
         global_batch_tokens=ROWS * SHAPE["seq_len"],

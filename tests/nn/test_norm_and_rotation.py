@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from nn.small_experts import small_config, small_expert
 from pyper.config import RopeScaling
-from pyper.kernels import activate
+from pyper.kernels.activation import activate
 from pyper.nn.attention import Attention, AttentionContext, document_mask
 from pyper.nn.documents import document_ids, positions
 from pyper.nn.feed_forward import FeedForward

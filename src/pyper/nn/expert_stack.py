@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
-from pyper.kernels import activate
+from pyper.kernels.activation import activate
 from pyper.nn.attention import AttentionContext
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.norm import rms_norm

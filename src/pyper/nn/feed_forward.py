@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
-from pyper.kernels import activate
+from pyper.kernels.activation import activate
 
 
 class FeedForward(nn.Module):

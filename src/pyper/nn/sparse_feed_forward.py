@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
 from pyper.kernels import (
-    activate,
     combine_rows,
     expert_feed_forward,
     gather_rows,
     router_gates,
     slots_of,
 )
+from pyper.kernels.activation import activate
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.feed_forward import FeedForward
 from pyper.nn.kv_cache import ROW_TILE

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute_blocks = 0
         """So many blocks, from the first on, keep no activations for the backward pass."""
+        self._compiled: list[Any] = []
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         mixed = config.kind == "token_mixture"
         n_blocks = config.routing.stem_layers if mixed else config.n_layers
@@ -86,6 +88,11 @@ class Transformer(nn.Module):
             mask = document_mask(document_ids(tokens, bos_id))
         context = AttentionContext(cos, sin, mask, rule=rule, padding=padding)
         return self._run(self.embedding(tokens), context)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks for training. Evaluation goes without: its many shapes would compile
+        them again and again."""
+        self._compiled = [torch.compile(block) for block in self.blocks]
 
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
@@ -160,13 +167,12 @@ class Transformer(nn.Module):
 
     def _run(self, x: Tensor, context: AttentionContext) -> Reading:
         routed = []
-        for layer, block in enumerate(self.blocks):
+        blocks = self._compiled if self._compiled and self.training else self.blocks
+        for layer, block in enumerate(blocks):
             if layer < self.recompute_blocks and self.training and torch.is_grad_enabled():
                 x, layer_routed = run_recomputed(block, x, context, layer)
-            elif self.training:
+            else:
                 x, layer_routed = block(x, context, layer)
-            else:  # a block is compiled for the shapes of training: others would compile it again
-                x, layer_routed = block.forward(x, context, layer)
             if layer_routed is not None:
                 routed.append(layer_routed)
         if self.experts is not None:

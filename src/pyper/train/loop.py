@@ -264,8 +264,7 @@ class _Trainer:
 
     def _compile(self) -> None:
         if self.config.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
 
     def _finish(self) -> TrainResult:
         state, stopping = self.state, self.state.stopping
