@@ -28,8 +28,10 @@ class Fragile(BatchEngine):
         self.failing, self.n_steps = failing, 0
         self.may_step = threading.Event()
         self.may_step.set()
+        self.is_stepping = threading.Event()
 
     def step(self) -> list[Event]:
+        self.is_stepping.set()
         self.may_step.wait()
         self.n_steps += 1
         if self.n_steps in self.failing:
@@ -98,8 +100,9 @@ def test_a_request_cancelled_before_the_engine_saw_it_is_never_written() -> None
     async def work(thread: EngineThread) -> None:
         engine.may_step.clear()
         running = await thread.submit([REQUEST])
+        await asyncio.to_thread(engine.is_stepping.wait)
         waiting = asyncio.ensure_future(thread.submit([REQUEST] * 3))
-        await asyncio.sleep(0.05)  # the thread is inside its step
+        await asyncio.sleep(0.05)
         waiting.cancel()
         await asyncio.sleep(0)
         engine.may_step.set()

@@ -104,7 +104,7 @@ class TestCompletions:
     def test_a_stream_adds_up_to_the_whole(self, client: openai.OpenAI) -> None:
         whole = completion_of(client, n=2)
         parts = list(completion_of(client, n=2, stream=True))
-        assert len(parts) >= 12
+        assert len(parts) > 4
         for index in (0, 1):
             own = [c for part in parts for c in part.choices if c.index == index]
             assert "".join(c.text for c in own) == whole.choices[index].text

@@ -1,7 +1,6 @@
 """How an answer goes out: in one piece, or as a stream of server-sent events."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,8 +15,9 @@ from pyper.serve.api_error import ApiError
 from pyper.serve.engine_thread import EngineThread
 from pyper.serve.service import Begun
 
-log = logging.getLogger("pyper.serve")
 Result = TypeVar("Result")
+_CHUNKS_PER_SECOND = 2000
+"""Of all streams together; one stream alone gets every token by itself, up to that many."""
 
 
 class JsonResponse(Response):
@@ -68,11 +68,11 @@ async def _collect(begun: Begun) -> list[list[Event]]:
 def reply_in_parts(begun: Begun, engine: EngineThread, *, with_usage: bool) -> Response:
     """A chunk for every step of the engine, or for several when the client is slower."""
     return EventStream(
-        _chunks(begun, with_usage=with_usage), lambda: engine.cancel(begun.generation)
+        _chunks(begun, engine, with_usage=with_usage), lambda: engine.cancel(begun.generation)
     )
 
 
-async def _chunks(begun: Begun, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(begun: Begun, engine: EngineThread, *, with_usage: bool) -> AsyncIterator[bytes]:
     answer = begun.answer
     if opening := answer.opening(begun.n_choices):
         yield server_sent(answer.chunk(opening))
@@ -82,8 +82,9 @@ async def _chunks(begun: Begun, *, with_usage: bool) -> AsyncIterator[bytes]:
                 begun.usage.count(events)
             choices = [answer.part(index, events) for index, events in part]
             yield server_sent(answer.chunk(choices))
-            # Without this a stream whose events are all there never lets go of the loop.
-            await asyncio.sleep(0)
+            # Never without a pause: a stream whose events are all there would not let go of the
+            # loop. With many streams a longer one, so that writing chunks does not slow the engine.
+            await asyncio.sleep(engine.stats.running / _CHUNKS_PER_SECOND)
     except ApiError as error:  # the status is out already
         yield server_sent(error.body())
         return
