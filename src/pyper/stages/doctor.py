@@ -17,6 +17,7 @@ from pyper.stages.context import available_cores
 _EXTRAS = {
     "zstandard": ("data", ".zst files"),
     "pyarrow": ("data", ".parquet files"),
+    "fastapi": ("serve", "`pyper serve`"),
     "tensorboard": ("track", "`track.tensorboard`"),
     "wandb": ("track", "`track.wandb`"),
 }
