@@ -73,8 +73,14 @@ class TrainConfig(Section):
     branch_learning_rate_scale: float = Field(default=1.0, gt=0)
     """Experts and control start at this share of the seed's peak rate."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` for the matrices of the blocks (AdamW for the rest)."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`muon` for the matrices of the blocks (AdamW for the rest); `adamw8bit` is `adamw` with
+    `state_bits = 8`."""
+    state_bits: Literal[8, 32] = 32
+    """Of the optimizer's moments: 8 take a quarter of the memory."""
+    weights: Literal["split", "stochastic"] = "split"
+    """Of bf16 weights. `split` is exact: 2 bytes beside each hold the rest of a float32.
+    `stochastic` keeps nothing and rounds at random, right on average."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
@@ -97,9 +103,10 @@ class TrainConfig(Section):
     """Most recent checkpoints kept, beside the best."""
     log_every: int = Field(default=10, gt=0)
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """`bf16`: weights, gradients and activations in bf16; fp32 master weights and sums.
-    `auto`: bf16 where the device multiplies it natively, else fp32. `fp8`: as bf16, but the products
-    of the blocks in 8 bits (Hopper and newer; head, routers and experts of sparse layers stay)."""
+    """`bf16`: weights, gradients and activations in bf16; updates exact in fp32 (see `weights`).
+    `auto`: bf16 where the device multiplies it natively, else fp32. `fp8`: as bf16, but the
+    products of the blocks in 8 bits (Hopper and newer; head, routers and experts of sparse layers
+    stay)."""
     recompute_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks that compute their activations again in the backward pass: a third more work there, a
     fraction of the memory. `auto`: as few as it takes for a micro-batch to fit the GPU."""
