@@ -13,9 +13,11 @@ from pyper.config.train import Part
 from pyper.errors import ConfigError
 from pyper.nn import Transformer
 from pyper.train import TrainingData, train_expert
+from pyper.train.adamw import AdamW
 from pyper.train.freeze import freeze, part_of
 from pyper.train.muon import Muon
 from pyper.train.optimizer import ExpertOptimizer
+from pyper.train.trained_weight import TrainedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,28 +34,33 @@ def test_muon_treats_every_expert_and_each_of_its_parts_as_a_matrix_of_its_own(
 ) -> None:
     """One stacked step equals one step for each matrix, whatever their sizes."""
     start, scale = random_stack(3, 32, 16), torch.tensor([1.0, 10.0, 0.1])[:, None, None]
-    stack = torch.nn.Parameter(start.clone())
-    apart = [torch.nn.Parameter(p.clone()) for m in start for p in m.split(rows or (32,))]
+    stack = TrainedWeight("stack", torch.nn.Parameter(start.clone()))
+    apart = [
+        TrainedWeight("matrix", torch.nn.Parameter(p.clone()))
+        for m in start
+        for p in m.split(rows or (32,))
+    ]
     whole = Muon([stack], row_splits=[rows], **OPTIONS)
     each = Muon(apart, row_splits=[None] * len(apart), **OPTIONS)
     for step in range(3):
-        stack.grad = scale * random_stack(3, 32, 16, seed=step)
-        parts = [p for m in stack.grad for p in m.split(rows or (32,))]
-        for parameter, gradient in zip(apart, parts, strict=True):
-            parameter.grad = gradient.clone()
-        whole.step()
-        each.step()
-    together = torch.cat([p.detach() for p in apart]).view_as(start)
-    torch.testing.assert_close(stack.detach(), together)
+        gradients = scale * random_stack(3, 32, 16, seed=step)
+        stack.parameter.grad = gradients
+        parts = [p for m in gradients for p in m.split(rows or (32,))]
+        for weight, gradient in zip(apart, parts, strict=True):
+            weight.parameter.grad = gradient.clone()
+        whole.step(torch.tensor(1.0))
+        each.step(torch.tensor(1.0))
+    together = torch.cat([w.parameter.detach() for w in apart]).view_as(start)
+    torch.testing.assert_close(stack.parameter.detach(), together)
 
 
 def groups_of(model: Transformer) -> tuple[set[str], set[str], set[str]]:
     """Names under Muon, under AdamW with weight decay, and under AdamW without."""
     adamw, muon = ExpertOptimizer(model, new_config(optimizer="muon"), 3e-3)._optimizers
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [*muon.param_groups, *adamw.param_groups]
-    found = [{names[id(p)] for p in group["params"]} for group in groups]
-    return found[0], found[1], found[2]
+    assert isinstance(adamw, AdamW)
+    pairs = list(zip(adamw.weights, adamw.decays, strict=True))
+    decayed, others = ({w.name for w, d in pairs if (d > 0) is on} for on in (True, False))
+    return {w.name for w in muon.weights}, decayed, others
 
 
 @pytest.mark.parametrize("mode", ["expert_choice", "loss", "token_mixture"])

@@ -1,9 +1,10 @@
-"""Kernels of the sparse layer and of the head: each beside its twin in plain torch.
+"""Kernels of the sparse layer, the head and the optimizer: each beside its twin in plain torch.
 
 The twin has the same signature, is what runs without a GPU, and is the reference of the tests.
 """
 
-from pyper.kernels.activation import activate_rows, activate_rows_torch
+from pyper.kernels.activation import activate, activate_rows, activate_rows_torch
+from pyper.kernels.adamw import AdamWSettings, AdamWTensors, adamw_step, adamw_step_torch
 from pyper.kernels.choice import Choice, choose, slots_of, slots_of_torch
 from pyper.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_torch
 from pyper.kernels.expert_choice import (
@@ -14,15 +15,28 @@ from pyper.kernels.expert_choice import (
     expert_feed_forward_torch,
 )
 from pyper.kernels.launch import runs_triton
+from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
+from pyper.kernels.multi_tensor import TableCache
 from pyper.kernels.paged_attention import paged_attention, paged_attention_torch
+from pyper.kernels.rounding import join_weight, split_weight
 from pyper.kernels.router import router_gates, router_gates_torch
 from pyper.kernels.rows import combine_rows, combine_rows_torch, gather_rows, gather_rows_torch
+from pyper.kernels.state_8bit import Moment
 
 __all__ = [
+    "AdamWSettings",
+    "AdamWTensors",
     "Choice",
     "ExpertChoiceOutput",
+    "Moment",
+    "TableCache",
+    "activate",
     "activate_rows",
     "activate_rows_torch",
+    "adamw_step",
+    "adamw_step_torch",
+    "add_updates",
+    "add_updates_torch",
     "choose",
     "combine_rows",
     "combine_rows_torch",
@@ -32,8 +46,11 @@ __all__ = [
     "expert_feed_forward_torch",
     "gather_rows",
     "gather_rows_torch",
+    "join_weight",
     "linear_cross_entropy",
     "linear_cross_entropy_torch",
+    "nesterov",
+    "nesterov_torch",
     "paged_attention",
     "paged_attention_torch",
     "router_gates",
@@ -41,4 +58,5 @@ __all__ = [
     "runs_triton",
     "slots_of",
     "slots_of_torch",
+    "split_weight",
 ]

@@ -1,14 +1,21 @@
 """Muon: momentum whose matrices are orthogonalised before each step (Jordan et al., 2024)."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pyper.kernels import Moment, TableCache, add_updates, nesterov
+from pyper.train.trained_weight import TrainedWeight
 
 # Quintic Newton–Schulz coefficients that push all singular values into about [0.7, 1.2].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
+# Numbers that are orthogonalised at once: more would only take memory.
+_BATCH = 2**27
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,65 +34,135 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return result
 
 
-class Muon(torch.optim.Optimizer):
+@dataclass(frozen=True)
+class _Part:
+    """One matrix: a whole weight, one expert's, or a part of a fused one."""
+
+    weight: int
+    """Which weight it belongs to."""
+    number: int
+    """Of all parts: the key of its random bits."""
+    matrix: Tensor
+    low: Tensor | None
+
+
+class Muon:
     """p ← p·(1 − lr·wd) − lr·√max(1, rows/cols)·orthogonalize(Nesterov momentum).
 
-    A tensor (E, rows, cols) is E matrices, each on its own.
-    Matrices of one shape are orthogonalised in one batched product. `row_splits` gives, for a
-    fused matrix (query, key and value), the heights of the parts that are treated on their own.
-    `dtype` is that of the products.
+    A tensor (E, rows, cols) is E matrices, each on its own. Matrices of one shape are
+    orthogonalised in batched products.
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        weights: Sequence[TrainedWeight],
         *,
         lr: float,
         momentum: float,
         weight_decay: float,
         row_splits: Sequence[tuple[int, ...] | None],
         dtype: torch.dtype = torch.float32,
+        state_bits: int = 32,
+        random_seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._row_splits = list(row_splits)
-        self._dtype = dtype
+        """row_splits: for a fused matrix (query, key and value) the heights of its parts, which
+        are treated on their own. dtype: of the products. state_bits: 8 or 32, of the momentum.
+        random_seed: of what is rounded at random.
+        """
+        self.lr: float | Tensor = lr
+        self.weights = list(weights)
+        self._momentum, self._weight_decay = momentum, weight_decay
+        self._row_splits, self._dtype = list(row_splits), dtype
+        self._bits, self._random_seed = state_bits, random_seed
+        self._step = torch.zeros((), device=weights[0].parameter.device)
+        self._moments: list[Moment | None] = [None] * len(weights)
+        self._parts = list(self._all_parts())
+        self._tables = TableCache()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
-        for group in self.param_groups:
-            self._step_group(group["params"], group["lr"], group["momentum"], group["weight_decay"])
-
-    def _step_group(
-        self, params: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float
-    ) -> None:
-        active = [i for i, p in enumerate(params) if p.grad is not None]
-        grads = [grad for p in params if (grad := p.grad) is not None]
-        buffers = [self._buffer(params[i]) for i in active]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        directions = torch._foreach_lerp(grads, buffers, momentum)
-        torch._foreach_mul_([params[i] for i in active], 1 - lr * weight_decay)
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for i, direction in zip(active, directions, strict=True):
-            for part, target in self._parts(i, direction, params[i]):
-                by_shape[part.shape].append((part, target))
+    def step(self, factor: Tensor) -> None:
+        """One update by gradients times `factor` of every matrix that has a gradient."""
+        self._step += 1
+        grads = {i: grad for i, w in enumerate(self.weights) if (grad := w.grad) is not None}
+        if not grads:
+            return
+        directions = self._directions(grads, factor)
+        by_shape: dict[torch.Size, list[tuple[_Part, Tensor]]] = defaultdict(list)
+        for part in self._parts:
+            if part.weight in directions:
+                by_shape[part.matrix.shape].append((part, next(directions[part.weight])))
         for shape, pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([part for part, _ in pairs]), self._dtype)
-            updates *= -lr * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_([p for _, p in pairs], list(updates.unbind()))
+            size = max(1, _BATCH // shape.numel())
+            for start in range(0, len(pairs), size):
+                self._update(pairs[start : start + size])
 
-    def _buffer(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+    def state_dict(self) -> dict[str, Any]:
+        """Updates made, and momentum by name of weight."""
+        pairs = zip(self.weights, self._moments, strict=True)
+        moments = {w.name: m.state_dict() for w, m in pairs if m is not None}
+        return {"step": float(self._step), "momentum": moments}
 
-    def _parts(self, i: int, direction: Tensor, param: Tensor) -> list[tuple[Tensor, Tensor]]:
-        whole = [(direction, param)]
-        if param.ndim == 3:
-            whole = list(zip(direction.unbind(), param.unbind(), strict=True))
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what is there of these weights, in other formats too."""
+        self._step.fill_(state["step"])
+        for i, weight in enumerate(self.weights):
+            if weight.name in state["momentum"]:
+                self._moment(i).load_state_dict(state["momentum"][weight.name])
+
+    def _directions(self, grads: dict[int, Tensor], factor: Tensor) -> dict[int, Iterator[Tensor]]:
+        """Of the parts of each weight, one after another."""
+        given = list(grads.values())
+        if any(g.dtype != given[0].dtype for g in given):
+            given = [g.float() for g in given]
+        whole = nesterov(
+            [self._moment(i) for i in grads],
+            given,
+            list(grads),
+            self._step,
+            factor,
+            self._momentum,
+            self._dtype,
+            self._random_seed,
+            self._tables,
+        )
+        return {i: self._split(i, tensor) for i, tensor in zip(grads, whole, strict=True)}
+
+    def _update(self, pairs: list[tuple[_Part, Tensor]]) -> None:
+        """Of matrices of one shape."""
+        parts = [part for part, _ in pairs]
+        rows, cols = parts[0].matrix.shape
+        updates = orthogonalize(torch.stack([d for _, d in pairs]), self._dtype)
+        add_updates(
+            [part.matrix for part in parts],
+            [part.low for part in parts],
+            updates.unbind(),
+            [part.number for part in parts],
+            self._step,
+            self.lr,
+            self._weight_decay,
+            -(max(1.0, rows / cols) ** 0.5),
+            self._random_seed,
+            self._tables,
+        )
+
+    def _moment(self, i: int) -> Moment:
+        moment = self._moments[i]
+        if moment is None:
+            parameter = self.weights[i].parameter.detach()
+            moment = self._moments[i] = Moment.zeros(parameter, self._bits, signed=True)
+        return moment
+
+    def _all_parts(self) -> Iterator[_Part]:
+        number = 0
+        for i, weight in enumerate(self.weights):
+            matrices = list(self._split(i, weight.parameter.detach()))
+            lows = [None] * len(matrices) if weight.low is None else self._split(i, weight.low)
+            for matrix, low in zip(matrices, lows, strict=True):
+                yield _Part(i, number, matrix, low)
+                number += 1
+
+    def _split(self, i: int, tensor: Tensor) -> Iterator[Tensor]:
         rows = self._row_splits[i]
-        if rows is None:
-            return whole
-        return [pair for d, p in whole for pair in zip(d.split(rows), p.split(rows), strict=True)]
+        for matrix in tensor.unbind() if tensor.ndim == 3 else (tensor,):
+            yield from (matrix,) if rows is None else matrix.split(rows)

@@ -1,4 +1,4 @@
-"""AdamW or Muon over the weights of one expert, with float32 masters where weights are bf16."""
+"""AdamW or Muon over the weights of one expert, exact in float32 where the model is bf16."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,56 +7,59 @@ import torch
 from torch import Tensor, nn
 
 from pyper.config import TrainConfig
+from pyper.kernels import AdamWSettings
 from pyper.nn import Transformer
+from pyper.train.adamw import AdamW
 from pyper.train.muon import Muon
+from pyper.train.trained_weight import TrainedWeight
 
 
 class ExpertOptimizer:
-    """What one optimizer step needs: groups, clipping, rates, masters, state."""
+    """What one optimizer step needs: groups, clipping, rates, low halves of weights, state."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, learning_rate: float) -> None:
-        """`learning_rate` is AdamW's peak; Muon's own keeps its ratio to the configured one."""
-        self._model_params = list(model.parameters())
-        self._masters = _make_masters(self._model_params)
-        named = dict(
-            zip((name for name, _ in model.named_parameters()), self._masters, strict=True)
-        )
-        self._optimizers = list(_build(model, named, config, learning_rate))
-        self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
+    def __init__(
+        self, model: Transformer, config: TrainConfig, learning_rate: float, random_seed: int = 0
+    ) -> None:
+        """`learning_rate` is AdamW's peak; Muon's own keeps its ratio to the configured one.
+
+        random_seed: of rounding at random, where the run file asks for it.
+        """
+        self._weights = [
+            TrainedWeight(name, parameter, _low_half(parameter, config))
+            for name, parameter in model.named_parameters()
+        ]
+        self._optimizers = list(_build(model, self._weights, config, learning_rate, random_seed))
+        self._peaks = [float(optimizer.lr) for optimizer in self._optimizers]
         if model.device.type == "cuda":
-            for group in (group for o in self._optimizers for group in o.param_groups):
-                group["lr"] = torch.tensor(group["lr"], device=model.device)
+            for optimizer in self._optimizers:
+                optimizer.lr = torch.tensor(optimizer.lr, device=model.device)
         self._clip = config.gradient_clip
+        self._as_they_are = torch.ones((), device=model.device)
+        self._factor = self._as_they_are
 
     def collect_gradients(self) -> None:
-        """After each backward pass: add bf16 gradients to the float32 sums of the masters."""
-        for param, master in zip(self._model_params, self._masters, strict=True):
-            if param is master or param.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad.add_(param.grad)
-            param.grad = None
+        """After each backward pass: what bf16 would lose is summed in float32."""
+        for weight in self._weights:
+            weight.collect_gradient()
 
     def clip_gradients(self, scale: Tensor | float = 1.0) -> Tensor:
-        """Multiply gradients by `scale`, clip them; returns the norm before clipping."""
-        grads = [m.grad for m in self._masters if m.grad is not None]
-        if not isinstance(scale, float) or scale != 1.0:
-            torch._foreach_mul_(grads, scale)
-        norm = nn.utils.get_total_norm(grads)
+        """Have the update multiply gradients by `scale` and clip them.
+
+        Returns the norm of the scaled gradients before clipping, float32; no gradient is touched.
+        """
+        norm = self._norm() * scale
+        self._factor = self._as_they_are * scale
         if self._clip is not None:
-            torch._foreach_mul_(grads, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+            self._factor = self._factor * (self._clip / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     def set_rates(self, rate_factor: float) -> None:
         """Update at `rate_factor` of the peak rates from now on."""
-        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                if isinstance(group["lr"], Tensor):  # where a recorded step reads it
-                    group["lr"].fill_(peak * rate_factor)
-                else:
-                    group["lr"] = peak * rate_factor
+        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
+            if isinstance(optimizer.lr, Tensor):  # where a recorded step reads it
+                optimizer.lr.fill_(peak * rate_factor)
+            else:
+                optimizer.lr = peak * rate_factor
 
     def step(self, rate_factor: float) -> None:
         """Update all weights at `rate_factor` of the peak rates, then clear the gradients."""
@@ -66,81 +69,75 @@ class ExpertOptimizer:
     def update_weights(self) -> None:
         """Update all weights at the rates that are set, then clear the gradients."""
         for optimizer in self._optimizers:
-            optimizer.step()
+            optimizer.step(self._factor)
         self.clear_gradients()
-        self._copy_masters_to_model()
-
-    def make_capturable(self) -> None:
-        """From now on `update_weights` may be recorded in a CUDA graph."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["capturable"] = True
 
     def clear_gradients(self) -> None:
         """Drop all gradients."""
-        for param, master in zip(self._model_params, self._masters, strict=True):
-            param.grad = master.grad = None
+        for weight in self._weights:
+            weight.clear_gradient()
+        self._factor = self._as_they_are
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the optimizers and, for bf16 models, the float32 masters."""
-        masters = [m for p, m in zip(self._model_params, self._masters, strict=True) if m is not p]
-        states = [o.state_dict() for o in self._optimizers]
-        for group in (group for state in states for group in state["param_groups"]):
-            group["lr"] = float(group["lr"])
-        return {"optimizers": states, "masters": masters}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the states of `state_dict`; the model's weights follow the masters."""
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group.update(settings)  # moments come from the state, settings from the run file
-        masters = [m for p, m in zip(self._model_params, self._masters, strict=True) if m is not p]
-        with torch.no_grad():
-            for master, saved in zip(masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self._copy_masters_to_model()
+        """States of the optimizers and, of exact bf16 weights, the low halves; all by name."""
+        low = {w.name: w.low for w in self._weights if w.low is not None}
+        return {"optimizers": [o.state_dict() for o in self._optimizers], "low": low}
 
     @torch.no_grad()
-    def _copy_masters_to_model(self) -> None:
-        for param, master in zip(self._model_params, self._masters, strict=True):
-            if param is not master:
-                param.copy_(master)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the states of `state_dict`; the model holds the weights of that moment.
+
+        Moments come from the state, settings from the run file.
+        """
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for weight in self._weights:
+            if weight.low is not None and weight.name in state["low"]:
+                weight.low.copy_(state["low"][weight.name])
+
+    def _norm(self) -> Tensor:
+        grads = [grad for weight in self._weights if (grad := weight.grad) is not None]
+        if not grads:
+            return torch.zeros_like(self._as_they_are)
+        norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
 
-def _make_masters(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    """float32 copies of half-precision weights; full-precision ones are their own masters."""
-    return [
-        p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
-        for p in params
-    ]
+def _low_half(parameter: nn.Parameter, config: TrainConfig) -> Tensor | None:
+    """Nothing yet: the float32 weight starts as the bf16 one."""
+    if parameter.dtype != torch.bfloat16 or config.weights == "stochastic":
+        return None
+    return torch.zeros_like(parameter, dtype=torch.int16)
 
 
-def _is_matrix(name: str, param: nn.Parameter) -> bool:
+def _is_matrix(weight: TrainedWeight) -> bool:
     # A router's rows are compared with each other: orthogonal updates would level them.
-    return not name.endswith("router.weight") and name.endswith("weight") and param.ndim >= 2
+    name = weight.name
+    is_router = name.endswith("router.weight")
+    return not is_router and name.endswith("weight") and weight.parameter.ndim >= 2
 
 
 def _build(
-    model: Transformer, named: dict[str, nn.Parameter], config: TrainConfig, learning_rate: float
-) -> Iterator[torch.optim.Optimizer]:
+    model: Transformer,
+    weights: list[TrainedWeight],
+    config: TrainConfig,
+    learning_rate: float,
+    random_seed: int,
+) -> Iterator[AdamW | Muon]:
     # Matrices inside the blocks; those of the experts of a sparse layer are stacked in one tensor.
     inner = ("blocks.", "experts.")
-    hidden = {n: p for n, p in named.items() if n.startswith(inner) and _is_matrix(n, p)}
-    with_muon = hidden if config.optimizer == "muon" else {}
-    decayed = [p for n, p in named.items() if n in hidden.keys() - with_muon.keys()]
-    decayed += [p for n, p in named.items() if n == "head.weight"]
-    others = [p for n, p in named.items() if n not in hidden and n != "head.weight"]
-    yield torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
+    hidden = [w for w in weights if w.name.startswith(inner) and _is_matrix(w)]
+    with_muon = hidden if config.optimizer == "muon" else []
+    others = [w for w in weights if w not in with_muon]
+    decayed = {w.name for w in hidden} | {"head.weight"}
+    bits = 8 if config.optimizer == "adamw8bit" else config.state_bits
+    yield AdamW(
+        others,
+        [config.weight_decay if w.name in decayed else 0.0 for w in others],
         lr=learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
+        settings=AdamWSettings(config.beta1, config.beta2, config.adam_eps, random_seed),
+        state_bits=bits,
     )
     if with_muon:
         peak = config.muon_learning_rate
@@ -150,11 +147,13 @@ def _build(
         key_width = c.kv_heads * c.dim_per_head
         widths = (c.n_heads * c.dim_per_head, key_width, key_width)
         yield Muon(
-            with_muon.values(),
+            with_muon,
             lr=peak,
             momentum=config.muon_momentum,
             weight_decay=config.weight_decay,
-            row_splits=[widths if name.endswith("qkv.weight") else None for name in with_muon],
+            row_splits=[widths if w.name.endswith("qkv.weight") else None for w in with_muon],
             # A GPU is many times faster in bfloat16; a CPU need not be, so there it must be asked.
             dtype=torch.bfloat16 if model.device.type == "cuda" else model.dtype,
+            state_bits=bits,
+            random_seed=random_seed,
         )

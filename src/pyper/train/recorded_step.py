@@ -104,7 +104,6 @@ class RecordedStep:
         # "thread_local": the loader's threads go on pinning memory meanwhile.
         with torch.cuda.graph(gradients, self._pool, capture_error_mode="thread_local"):
             measured = compute_gradients(self.model, inputs, self.optimizer, self.loss_fn)
-        self.optimizer.make_capturable()
         with torch.cuda.graph(updating, self._pool, capture_error_mode="thread_local"):
             update(self.model, self.optimizer)
         return _Recording(inputs, gradients, measured, updating)

@@ -1,0 +1,312 @@
+"""AdamW in one pass: each weight, gradient and moment is read once and written once.
+
+Weights are float32, or bf16 with the low 16 bits of a float32 beside them, or bf16 rounded at
+random (see `rounding`); moments are float32 or 8 bits (see `state_8bit`). Gradients are scaled and
+clipped on the way, by a factor that is still on the device. All tensors of one kind go in one
+launch; nothing waits for the device, and a recorded graph stays valid.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from pyper.kernels import launch
+from pyper.kernels.launch import wide
+from pyper.kernels.multi_tensor import TableCache, as_aligned, triton_type
+from pyper.kernels.rounding import (
+    join_weight,
+    more_bits,
+    random_bits,
+    random_key,
+    round_stochastically,
+    split_weight,
+)
+from pyper.kernels.state_8bit import BLOCK, Moment
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from pyper.kernels.multi_tensor import pointer, read, write
+    from pyper.kernels.rounding import (
+        as_bf16,
+        bits_at,
+        high_half,
+        join_halves,
+        key_of,
+        low_half,
+        more_bits_of,
+    )
+    from pyper.kernels.state_8bit import (
+        decode_signed,
+        decode_unsigned,
+        encode_signed,
+        encode_unsigned,
+    )
+
+# Blocks of 256 numbers and warps of a program: 8 numbers for each thread.
+_ROWS, _WARPS = 8, 8
+
+
+@dataclass(frozen=True)
+class AdamWTensors:
+    """One weight and what AdamW keeps for it, all contiguous."""
+
+    weight: Tensor
+    """float32 or bf16, any shape."""
+    low: Tensor | None
+    """int16: the rest of a float32; a bf16 weight without it is rounded at random."""
+    mean: Moment
+    square: Moment
+    weight_decay: float
+    number: int
+    """Its place in `steps`, and part of the key of its random bits."""
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """What all tensors have in common."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    random_seed: int = 0
+    """Of rounding at random."""
+
+
+def adamw_step(
+    tensors: Sequence[AdamWTensors],
+    grads: Sequence[Tensor],
+    steps: Tensor,
+    lr: Tensor | float,
+    factor: Tensor,
+    settings: AdamWSettings,
+    tables: TableCache,
+) -> None:
+    """One step of AdamW (arXiv:1711.05101) with gradients grads · factor, all in place.
+
+    grads: bf16 or float32, in the shapes of the weights. steps: (n,) float32, updates made so far
+    by `number`; counted up here. lr, factor: float32 without dimensions, on the device.
+    """
+    if not tensors or not launch.runs_triton(tensors[0].weight):
+        return adamw_step_torch(tensors, grads, steps, lr, factor, settings, tables)
+    counts = steps.unbind()
+    torch._foreach_add_([counts[t.number] for t in tensors], 1)
+    kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, (t, grad) in enumerate(zip(tensors, grads, strict=True)):
+        kinds[t.weight.dtype, t.low is None, t.mean.values.dtype, grad.dtype].append(i)
+    for members in kinds.values():
+        chosen = [tensors[i] for i in members], [as_aligned(grads[i]) for i in members]
+        _launch(*chosen, steps, lr, factor, settings, tables)
+    return None
+
+
+def adamw_step_torch(
+    tensors: Sequence[AdamWTensors],
+    grads: Sequence[Tensor],
+    steps: Tensor,
+    lr: Tensor | float,
+    factor: Tensor,
+    settings: AdamWSettings,
+    tables: TableCache,
+) -> None:
+    """The twin of `adamw_step`, in plain torch: its own fused AdamW where moments are float32."""
+    counts = steps.unbind()
+    by_decay: dict[float, list[int]] = defaultdict(list)
+    for i, t in enumerate(tensors):
+        by_decay[t.weight_decay].append(i)
+    for weight_decay, members in by_decay.items():
+        chosen = [tensors[i] for i in members]
+        masters = [_master_of(t) for t in chosen]
+        wide_grads = [
+            grads[i].to(m.dtype).contiguous() for i, m in zip(members, masters, strict=True)
+        ]
+        moments = [t.mean.read() for t in chosen]
+        squares = [t.square.read() for t in chosen]
+        adamw(
+            masters,
+            list(torch._foreach_mul(wide_grads, factor)),
+            moments,
+            squares,
+            [],
+            [counts[t.number] for t in chosen],
+            fused=True,
+            amsgrad=False,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=settings.eps,
+            maximize=False,
+        )
+        for t, master, mean, square in zip(chosen, masters, moments, squares, strict=True):
+            _store(t, master, mean, square, steps[t.number], settings.random_seed)
+
+
+def _master_of(t: AdamWTensors) -> Tensor:
+    if t.low is not None:
+        return join_weight(t.weight, t.low)
+    return t.weight.to(wide(t.weight.dtype))
+
+
+def _store(
+    t: AdamWTensors, master: Tensor, mean: Tensor, square: Tensor, step: Tensor, seed: int
+) -> None:
+    """Put back what was not updated in place."""
+    if t.low is not None:
+        weight, low = split_weight(master)
+        t.weight.copy_(weight)
+        t.low.copy_(low)
+    if t.mean.largest is None and (t.low is not None or master is t.weight):
+        return
+    random = random_bits(master, random_key(seed, t.number, step))
+    if t.low is None and master is not t.weight:
+        t.weight.copy_(round_stochastically(master, more_bits(random)))
+    if t.mean.largest is not None:
+        t.mean.write(mean, random)
+        t.square.write(square, random >> 16)
+
+
+def _launch(
+    tensors: list[AdamWTensors],
+    grads: list[Tensor],
+    steps: Tensor,
+    lr: Tensor | float,
+    factor: Tensor,
+    settings: AdamWSettings,
+    tables: TableCache,
+) -> None:
+    """One kind: equal types of weights, moments and gradients."""
+    first, nowhere = tensors[0], steps.new_empty(0)
+    small = first.mean.largest is not None
+    columns = [
+        [t.weight for t in tensors],
+        [t.low if t.low is not None else nowhere for t in tensors],
+        [t.mean.values for t in tensors],
+        [t.square.values for t in tensors],
+        [t.mean.largest if t.mean.largest is not None else nowhere for t in tensors],
+        [t.square.largest if t.square.largest is not None else nowhere for t in tensors],
+    ]
+    key = (tuple(t.number for t in tensors), grads[0].dtype)
+    table = tables.get(key, columns, _ROWS * BLOCK)
+    numbers = table.constant([t.number for t in tensors], torch.int32)
+    decays = table.constant([t.weight_decay for t in tensors], torch.float32)
+    counts = steps.double()
+    corrections = [(1 - torch.pow(b, counts)).float() for b in (settings.beta1, settings.beta2)]
+    given = table.changing(grads)
+    for pieces, masked in table.launches():
+        _adamw[(len(pieces),)](
+            *(table.addresses, given, table.sizes, pieces, numbers, decays, len(tensors)),
+            *(steps, *corrections, lr, factor),
+            *(1 - settings.beta1, 1 - settings.beta2, settings.eps, settings.random_seed),
+            WEIGHT=triton_type(first.weight.dtype),
+            GRAD=triton_type(grads[0].dtype),
+            SPLIT=first.low is not None,
+            STOCHASTIC=first.low is None and first.weight.dtype == torch.bfloat16,
+            SMALL=small,
+            MASKED=masked,
+            ALIGNED=table.aligned,
+            ROWS=_ROWS,
+            num_warps=_WARPS,
+        )
+
+
+if launch.HAS_TRITON:
+
+    @triton.jit
+    def _adamw(
+        addresses,
+        grads,
+        sizes,
+        pieces,
+        numbers,
+        decays,
+        n_tensors,
+        steps,
+        corrections1,
+        corrections2,
+        lr_ptr,
+        factor_ptr,
+        rest1,
+        rest2,
+        eps,
+        seed,
+        WEIGHT: tl.constexpr,
+        GRAD: tl.constexpr,
+        SPLIT: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        SMALL: tl.constexpr,
+        MASKED: tl.constexpr,
+        ALIGNED: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        # 1. which piece of which tensor
+        t = tl.load(pieces + 2 * tl.program_id(0))
+        row = tl.load(pieces + 2 * tl.program_id(0) + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * 256 + tl.arange(0, 256)[None, :]
+        inside = at < tl.load(sizes + t)
+        weight_ptr = pointer(addresses + t, WEIGHT, ALIGNED) + at
+        low_ptr = pointer(addresses + n_tensors + t, tl.int16, ALIGNED) + at
+        entry = addresses + 2 * n_tensors + t
+        number = tl.load(numbers + t)
+        lr = tl.load(lr_ptr)
+
+        # 2. weight and moments as float32
+        grad_ptr = pointer(grads + t, GRAD, ALIGNED) + at
+        grad = read(grad_ptr, inside, MASKED).to(tl.float32) * tl.load(factor_ptr)
+        weight = read(weight_ptr, inside, MASKED)
+        if SPLIT:
+            weight = join_halves(weight, read(low_ptr, inside, MASKED))
+        weight = weight.to(tl.float32)
+        if SMALL:
+            mean_ptr = pointer(entry, tl.int8, ALIGNED) + at
+            square_ptr = pointer(entry + n_tensors, tl.uint8, ALIGNED) + at
+            mean_top = pointer(entry + 2 * n_tensors, tl.float32, ALIGNED) + row
+            square_top = pointer(entry + 3 * n_tensors, tl.float32, ALIGNED) + row
+            has_row = row * 256 < tl.load(sizes + t)
+            mean = decode_signed(read(mean_ptr, inside, MASKED), read(mean_top, has_row, MASKED))
+            square = decode_unsigned(
+                read(square_ptr, inside, MASKED), read(square_top, has_row, MASKED)
+            )
+        else:
+            mean_ptr = pointer(entry, tl.float32, ALIGNED) + at
+            square_ptr = pointer(entry + n_tensors, tl.float32, ALIGNED) + at
+            mean = read(mean_ptr, inside, MASKED)
+            square = read(square_ptr, inside, MASKED)
+
+        # 3. the step
+        weight *= 1.0 - lr * tl.load(decays + t)
+        mean += (grad - mean) * rest1
+        square += (grad * grad - square) * rest2
+        scale = tl.sqrt_rn(tl.load(corrections2 + number))
+        rate = lr / tl.load(corrections1 + number)
+        weight -= rate * (mean / (tl.sqrt(square) / scale + eps))
+
+        # 4. back, rounded
+        key = key_of(seed, number, tl.load(steps + number).to(tl.int32))
+        random = bits_at(at, key)
+        if SPLIT:
+            high = high_half(weight, 0x8000)
+            write(low_ptr, low_half(weight, high), inside, MASKED)
+            write(weight_ptr, as_bf16(high), inside, MASKED)
+        elif STOCHASTIC:
+            carry = (more_bits_of(random) & 0xFFFF).to(tl.int32)
+            write(weight_ptr, as_bf16(high_half(weight, carry)), inside, MASKED)
+        else:
+            write(weight_ptr, weight, inside, MASKED)
+        if SMALL:
+            if MASKED:
+                square = tl.where(inside, square, 0.0)
+            code, top = encode_signed(mean, random)
+            write(mean_ptr, code, inside, MASKED)
+            write(mean_top, top, has_row, MASKED)
+            code, top = encode_unsigned(square, random >> 16)
+            write(square_ptr, code, inside, MASKED)
+            write(square_top, top, has_row, MASKED)
+        else:
+            write(mean_ptr, mean, inside, MASKED)
+            write(square_ptr, square, inside, MASKED)
