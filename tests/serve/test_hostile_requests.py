@@ -175,6 +175,16 @@ def test_a_body_that_is_not_strict_json_is_refused(server: Server, body: bytes) 
     assert reply.error["type"] == "invalid_request_error"
 
 
+def test_a_hundred_thousand_prompts_are_counted_and_not_read(server: Server) -> None:
+    began = time.monotonic()
+    for body, path in (
+        (completion(prompt=["a"] * 10**5), "/v1/completions"),
+        (json.dumps({"model": "tiny", "input": ["a"] * 10**5}).encode(), "/v1/embeddings"),
+    ):
+        assert post(server, body, path).status == 400
+    assert time.monotonic() - began < 3
+
+
 def test_many_different_keys_and_one_twice_take_no_time(server: Server) -> None:
     keys = [f'"{i}":1' for i in range(80_000)]
     body = ("{" + ",".join([*keys, '"79999":1']) + "}").encode()

@@ -163,11 +163,6 @@ class CompletionBody(Sampling):
     best_of: Annotated[int | None, _refused("`best_of`", 1)] = None
     suffix: Annotated[str | None, _refused("`suffix`")] = None
 
-    @property
-    def n_logprobs(self) -> int | None:
-        """Alternatives to report per token; None: report nothing."""
-        return self.logprobs
-
 
 class TextPart(Body):
     """Text as part of a message; images, sound and files are not served."""

@@ -59,31 +59,27 @@ class Service:
     async def complete(self, body: CompletionBody) -> Begun:
         """Begin to answer /v1/completions."""
         expert = self.names.expert_of(body.model)
+        limit = body.max_tokens or min(_DEFAULT_COMPLETION_TOKENS, self.context)
+        self._check_size(limit, len(body.prompt) * (body.n or 1))
         prompts = [
             await self._tokens(p, "prompt", body.truncate_prompt_tokens) for p in body.prompt
         ]
         answer = CompletionAnswer(
             body.model, self.names.experts, TokenNames(self.tokenizer), body.logprobs is not None
         )
-        return await self._begin(
-            answer,
-            body,
-            prompts,
-            expert,
-            body.logprobs,
-            body.max_tokens or _DEFAULT_COMPLETION_TOKENS,
-        )
+        return await self._begin(answer, body, prompts, expert, body.logprobs, limit)
 
     async def chat(self, body: ChatBody) -> Begun:
         """Begin to answer /v1/chat/completions."""
         expert = self.names.expert_of(body.model)
+        limit = body.max_completion_tokens or body.max_tokens or self.context
+        self._check_size(limit, body.n or 1)
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
         text = self.template.render(messages)
         prompt = await self._tokens(text, "messages", body.truncate_prompt_tokens)
         answer = ChatAnswer(
             body.model, self.names.experts, TokenNames(self.tokenizer), bool(body.logprobs)
         )
-        limit = body.max_completion_tokens or body.max_tokens
         return await self._begin(answer, body, [prompt], expert, body.n_logprobs, limit)
 
     async def embed(self, body: EmbeddingBody) -> dict[str, Any]:
@@ -117,6 +113,15 @@ class Service:
             )
         return check_tokens(self.tokenizer, prompt, context, keep=keep, param=param)
 
+    def _check_size(self, max_tokens: int, n_choices: int) -> None:
+        """Before any text is encoded: a request may hold a hundred thousand."""
+        if max_tokens > self.context:
+            raise bad_request(
+                f"`max_tokens` is {max_tokens:,}, the context holds {self.context:,}", "max_tokens"
+            )
+        if n_choices > MAX_CHOICES:
+            raise bad_request(f"prompts × `n` may be {MAX_CHOICES}, not {n_choices}", "n")
+
     async def _begin(
         self,
         answer: Answer,
@@ -124,20 +129,13 @@ class Service:
         prompts: Sequence[tuple[int, ...]],
         expert: int | None,
         n_logprobs: int | None,
-        max_tokens: int | None,
+        limit: int,
     ) -> Begun:
-        n, limit = body.n or 1, max_tokens or self.context
-        if limit > self.context:
-            raise bad_request(
-                f"`max_tokens` is {limit:,}, the context holds {self.context:,}", "max_tokens"
-            )
-        if n * len(prompts) > MAX_CHOICES:
-            raise bad_request(f"prompts × `n` may be {MAX_CHOICES}, not {n * len(prompts)}", "n")
         seed = secrets.randbits(62) if body.seed is None else body.seed
         requests = [
             Request(prompt, _sampling(body, limit, seed + place), expert, n_logprobs or 0)
             for prompt in prompts
-            for place in range(n)
+            for place in range(body.n or 1)
         ]
         generation = await self.engine.submit(requests)
         usage = Usage(sum(len(prompt) for prompt in prompts))
