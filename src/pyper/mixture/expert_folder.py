@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from pyper.checkpoint import load_model_tensors
 from pyper.config import ExpertConfig
@@ -61,7 +64,7 @@ def build_expert(
 
     keep: see `load_tensors_into`; the tensors must be on the device.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomNumbers():
         model = Transformer(config)
     dtype = tensors["embedding.weight"].dtype
     model = model.to(dtype).to_empty(device=device)
@@ -69,6 +72,16 @@ def build_expert(
     if config.tie_embeddings:  # to_empty gave the shared matrix two homes
         model.head.weight = model.embedding.weight
     return model.eval()
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device that would load torch's compiler first,
+    which takes longer than all the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_expert(folder: Path, *, device: torch.device, verify: bool = True) -> Transformer:
