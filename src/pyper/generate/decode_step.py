@@ -91,7 +91,8 @@ class DecodeStep:
                 self._compute(model)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Only of this thread: another may be loading an expert.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = self._compute(model)
 
     def _compute(self, model: Transformer) -> Tensor:
