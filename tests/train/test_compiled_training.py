@@ -12,6 +12,7 @@ from pyper.nn import Transformer
 from pyper.train import TrainingData, train_expert
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # the compiler warns of what it does itself
     pytest.mark.slow,
     pytest.mark.skipif(
         not (torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++")),
