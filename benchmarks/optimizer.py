@@ -1,0 +1,190 @@
+"""One optimizer step over a 1.54 B expert's weights: ours beside torch's fused AdamW.
+
+    python benchmarks/optimizer.py [--json FILE] [--only NAME …] [--layers 28] [--width 2048]
+
+Each row clips random gradients by their norm and updates all weights. Printed are milliseconds,
+the bytes that the update has to move, each once, over that time as a share of what a large copy
+reaches on the same GPU, and the memory of weights, gradients and states. Without a GPU a tiny shape
+runs on the CPU, where the numbers say nothing about a GPU.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _record import add_json_option, write_record
+from _timing import as_graph, median_ms
+from torch import Tensor, nn
+
+from pyper.config import ExpertConfig, TrainConfig
+from pyper.nn import Transformer
+from pyper.train.optimizer import ExpertOptimizer
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to update the weights."""
+
+    bytes_per_weight: int
+    """What clipping and update have to read and write in this format; 0 for Muon, whose time goes
+    into products."""
+    make: Callable[[ExpertConfig], Callable[[], object]]
+
+
+def new_model(shape: ExpertConfig, dtype: torch.dtype) -> Transformer:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Transformer(shape).to(dtype)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return model.to(DEVICE)
+
+
+def random_gradients(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    return [1e-3 * torch.randn_like(p, dtype=dtype) for p in model.parameters()]
+
+
+def torch_adamw(shape: ExpertConfig, master: bool, dtype: torch.dtype) -> Callable[[], object]:
+    """Fused AdamW on weights of `dtype`, or on float32 masters of them, as it is usually done."""
+    model = new_model(shape, dtype)
+    grads = random_gradients(model, dtype)
+    params = list(model.parameters())
+    masters = [nn.Parameter(p.detach().float()) for p in params] if master else params
+    lr = torch.tensor(1e-4, device=DEVICE)
+    optimizer = torch.optim.AdamW(masters, lr=lr, fused=True, capturable=ON_GPU)
+
+    def step() -> None:
+        for m, grad in zip(masters, grads, strict=True):
+            m.grad = grad.float() if master else grad
+        nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        for m in masters:
+            m.grad = None
+        if master:
+            with torch.no_grad():
+                torch._foreach_copy_(params, masters)
+
+    return step
+
+
+def ours(shape: ExpertConfig, dtype: torch.dtype, **options: Any) -> Callable[[], object]:
+    model = new_model(shape, dtype)
+    grads = random_gradients(model, dtype)
+    config = TrainConfig(steps=1, learning_rate=1e-4, **options)
+    optimizer = ExpertOptimizer(model, config, 1e-4)
+
+    def step() -> None:
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            parameter.grad = grad
+        optimizer.collect_gradients()
+        optimizer.clip_gradients()
+        optimizer.update_weights()
+
+    return step
+
+
+def rows() -> dict[str, Row]:
+    """The gradient is read twice (for the norm and for the update), all else read and written."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def mine(dtype: torch.dtype = bf16, **options: Any) -> Callable[[ExpertConfig], Any]:
+        return lambda shape: ours(shape, dtype, **options)
+
+    return {
+        "torch AdamW, float32 masters": Row(30, lambda s: torch_adamw(s, True, bf16)),
+        "torch AdamW, all bf16": Row(16, lambda s: torch_adamw(s, False, bf16)),
+        "Pyper AdamW, float32": Row(32, mine(fp32)),
+        "Pyper AdamW, exact bf16": Row(28, mine()),
+        "Pyper AdamW, exact bf16, 8 bits": Row(16, mine(optimizer="adamw8bit")),
+        "Pyper AdamW, stochastic, 8 bits": Row(
+            12, mine(optimizer="adamw8bit", weights="stochastic")
+        ),
+        "Pyper Muon, exact bf16": Row(0, mine(optimizer="muon")),
+        "Pyper Muon, exact bf16, 8 bits": Row(0, mine(optimizer="muon", state_bits=8)),
+        "Pyper Muon, stochastic, 8 bits": Row(
+            0, mine(optimizer="muon", state_bits=8, weights="stochastic")
+        ),
+    }
+
+
+def copy_speed() -> float:
+    """Bytes per second of a large copy, read and written."""
+    a = torch.empty(2**30 if ON_GPU else 2**24, dtype=torch.uint8, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * len(a) / (1e-3 * median_ms(lambda _: b.copy_(a), repeats=10))
+
+
+def measure(
+    row: Row, shape: ExpertConfig, args: argparse.Namespace, speed: float
+) -> dict[str, Any]:
+    step = row.make(shape)
+    result: dict[str, Any] = {
+        "ms": median_ms(lambda _: step(), warmup=3, repeats=args.repeats),
+    }
+    if ON_GPU:
+        result["memory_gb"] = torch.cuda.memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result["graph_ms"] = median_ms(as_graph(lambda _: step()), repeats=args.repeats)
+    if row.bytes_per_weight:
+        moved = row.bytes_per_weight * args.weights
+        result["share_of_copy"] = moved / (1e-3 * result["ms"]) / speed
+    return result
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=list(rows()), default=list(rows()))
+    parser.add_argument("--layers", type=int, default=28 if ON_GPU else 2)
+    parser.add_argument("--width", type=int, default=2048 if ON_GPU else 64)
+    parser.add_argument("--vocabulary", type=int, default=32_768 if ON_GPU else 512)
+    parser.add_argument("--repeats", type=int, default=10 if ON_GPU else 3)
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def shape_of(args: argparse.Namespace) -> ExpertConfig:
+    return ExpertConfig(
+        vocab_size=args.vocabulary,
+        d_model=args.width,
+        n_layers=args.layers,
+        n_heads=max(1, args.width // 128),
+        d_ff=4 * args.width,
+    )
+
+
+def main() -> None:
+    args = parse()
+    if not ON_GPU:
+        print("No GPU here: a tiny shape on the CPU, which runs the twins in plain torch.")
+    shape, speed = shape_of(args), copy_speed()
+    with torch.device("meta"):
+        args.weights = sum(p.numel() for p in Transformer(shape).parameters())
+    print(f"{args.weights:,} weights; a copy moves {speed / 1e9:,.0f} GB/s")
+    print(f"{'clip + update':<34}{'ms':>9}{'of copy':>9}{'graph ms':>10}{'GB':>8}{'peak GB':>9}")
+    results: dict[str, Any] = {"weights": args.weights, "copy_gb_per_s": speed / 1e9, "rows": {}}
+    for name in args.only:
+        found = results["rows"][name] = measure(rows()[name], shape, args, speed)
+        print_row(name, found)
+        if ON_GPU:
+            torch.cuda.empty_cache()
+    write_record(args.json, results)
+
+
+def print_row(name: str, row: dict[str, Any]) -> None:
+    share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+    line = f"{name:<34}{row['ms']:>9.2f}{share:>9}"
+    if "graph_ms" in row:
+        line += f"{row['graph_ms']:>10.2f}{row['memory_gb']:>8.1f}{row['peak_gb']:>9.1f}"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
