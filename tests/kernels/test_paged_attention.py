@@ -1,5 +1,10 @@
 """One token per text against a loop over texts and heads, in float64."""
 
+import importlib
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,3 +81,43 @@ def test_the_kernel_matches_a_loop(
 ) -> None:
     with kernels(), poisoned():
         compare(paged_attention, shape, lengths, dtype)
+
+
+@needs_triton
+def test_what_compilers_are_told_of_the_operator_is_true() -> None:
+    """Shapes and types of the output; keys and values change, nothing else."""
+    tensors, pages, positions = case((2, 4, 2, 16), [3, 17], torch.float32)
+    module = importlib.import_module("pyper.kernels.paged_attention")
+    with kernels():
+        torch.library.opcheck(module._paged_attention_op, (*tensors, pages, positions, PAGE))
+
+
+BUILD = """
+import importlib
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module = importlib.import_module("pyper.kernels.paged_attention")
+
+def build(kernel, types, constants, warps):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+
+sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32"}
+numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "pages_stride": "i32", "scale": "fp32"}
+shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 1, "BLOCK_S": 64, "BLOCK_K": 128}
+assert "ld.global.v4" in build(module._attend_part, sums | numbers, shape, 4)
+build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128}, 2)
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_build_for_a_large_gpu_and_read_sixteen_bytes_at_a_time() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
