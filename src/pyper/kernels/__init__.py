@@ -1,4 +1,4 @@
-"""Kernels of the sparse layer, the head and the optimizer: each beside its twin in plain torch.
+"""Kernels of the sparse layer, head, optimizer and decoding: each beside its twin in plain torch.
 
 The twin has the same signature, is what runs without a GPU, and is the reference of the tests.
 """
