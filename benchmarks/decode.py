@@ -123,8 +123,9 @@ def pyper_row(args: argparse.Namespace) -> dict[str, float]:
     if args.row.endswith("int8"):
         mixture = with_int8_weights(mixture)
     room = args.batch * (args.context + PAGE_TOKENS) + shape_of(args).seq_len
-    limits = EngineLimits(args.batch, mixture.n_experts * room, prefill_chunk=4096)
-    engine = BatchEngine(mixture, AnyText(args.vocabulary), limits, compiled="compiled" in args.row)
+    compiled = "compiled" in args.row
+    limits = EngineLimits(args.batch, mixture.n_experts * room, 4096, compiled=compiled)
+    engine = BatchEngine(mixture, AnyText(args.vocabulary), limits)
     sampling = SamplingConfig(
         max_new_tokens=args.context // 4,
         temperature=0.8 if args.row.endswith("sampled") else 0.0,

@@ -34,6 +34,9 @@ def generate(
     resident: Annotated[
         int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Eight-bit weights: half the memory, on a GPU faster.")
+    ] = False,
     device: Annotated[str, typer.Option()] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -54,7 +57,9 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    opened = open_model(model, expert=expert, mixing=mixing, resident=resident, device=device)
+    opened = open_model(
+        model, expert=expert, mixing=mixing, resident=resident, device=device, int8=int8
+    )
     prompts = prompt or [""]
     if as_json:
         print_json(write_json(opened, prompts, sampling))

@@ -48,6 +48,15 @@ def serve(
     shutdown_seconds: Annotated[
         float, typer.Option(min=0, help="Time for running requests once it is told to stop.")
     ] = 30,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: compile decoding; the start takes longer.")
+    ] = False,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Eight-bit weights: half the memory, on a GPU faster.")
+    ] = False,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface, with a page to chat at `/`.
@@ -66,9 +75,12 @@ def serve(
         allowed_hosts=tuple(allow_host or ()),
         limits=Limits(queue=queue, shutdown_seconds=shutdown_seconds),
     )
-    limits = EngineLimits(max_running=max_running)
-    if cache_tokens is not None:
-        limits = EngineLimits(max_running=max_running, cache_tokens=cache_tokens)
+    limits = EngineLimits(
+        max_running=max_running,
+        cache_tokens=cache_tokens or EngineLimits.cache_tokens,
+        compiled=compile_,
+        speculate=speculate,
+    )
     serve_model(
         model,
         settings,
@@ -77,5 +89,6 @@ def serve(
         mixing=mixing,
         resident=resident,
         device=device,
+        int8=int8,
         chat_template=chat_template,
     )

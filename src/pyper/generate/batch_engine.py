@@ -11,7 +11,7 @@ from pyper.generate.draws import Draw, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running
-from pyper.generate.speculation import Drafter, Payoff
+from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
 from pyper.generate.text import TextStream
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
@@ -30,17 +30,18 @@ class BatchEngine:
         tokenizer: TextTokenizer,
         limits: EngineLimits,
         *,
-        compiled: bool = False,
         fixed_shapes: bool | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """compiled, fixed_shapes: see `MixtureReader`; drafter: guesses tokens while that pays."""
+        """fixed_shapes: see `MixtureReader`. drafter: guesses tokens, while that pays."""
+        if drafter is None and limits.speculate:
+            drafter = RepetitionDrafter()
         self.mixture, self.tokenizer, self.limits = mixture, tokenizer, limits
         self._reader = MixtureReader(
             mixture,
             cache_tokens=limits.cache_tokens,
             prefill_chunk=limits.prefill_chunk,
-            compiled=compiled,
+            compiled=limits.compiled,
             fixed_shapes=fixed_shapes,
             drafter=drafter,
         )

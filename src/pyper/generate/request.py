@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much runs at once."""
+    """How much runs at once, and how."""
 
     max_running: int = 64
     """Requests that are decoded side by side; others wait."""
@@ -51,6 +51,10 @@ class EngineLimits:
     """Tokens of keys and values that the cache of one expert holds, over all requests."""
     prefill_chunk: int = 512
     """Prompt tokens read in one step, over all requests: the others go on in between."""
+    compiled: bool = False
+    """On a GPU: decoding goes through `torch.compile`; the first steps take a minute."""
+    speculate: bool = False
+    """Guess from what the text repeats, while that pays; changes no text."""
 
 
 @dataclass(frozen=True)

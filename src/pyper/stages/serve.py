@@ -24,6 +24,7 @@ def serve_model(
     mixing: str | None,
     resident: int | None,
     device: str,
+    int8: bool = False,
     chat_template: Path | None,
 ) -> None:
     """Answer requests until a signal comes.
@@ -36,7 +37,9 @@ def serve_model(
     from pyper.serve.server import listen, run_server, url_of
 
     with listen(settings) as listening:
-        model = open_model(path, expert=None, mixing=mixing, resident=resident, device=device)
+        model = open_model(
+            path, expert=None, mixing=mixing, resident=resident, device=device, int8=int8
+        )
         template = open_template(path, chat_template)
         _load_experts(model, resident)
         n, context = len(model.names), model.mixture.settings.seq_len

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pyper.data import TextTokenizer
 from pyper.errors import ConfigError
-from pyper.generate import SamplingConfig, complete, stream
+from pyper.generate import SamplingConfig, complete, stream, with_int8_weights
 from pyper.mixture import Mixture, MixtureSettings, load_mixture
 from pyper.stages.context import pick_device
 
@@ -47,10 +47,21 @@ class OpenModel:
 
 
 def open_model(
-    path: Path, *, expert: str | None, mixing: str | None, resident: int | None, device: str
+    path: Path,
+    *,
+    expert: str | None,
+    mixing: str | None,
+    resident: int | None,
+    device: str,
+    int8: bool = False,
 ) -> OpenModel:
-    """Open the mixture of a run. Raises CheckpointError, ConfigError for an unknown expert."""
+    """Open the mixture of a run; int8: with eight-bit weights.
+
+    Raises CheckpointError, ConfigError for an unknown expert.
+    """
     mixture, tokenizer = load_mixture(path, device=pick_device(device), resident=resident)
+    if int8:
+        mixture = with_int8_weights(mixture)
     if mixing is not None:
         mixture.settings = _with_mixing(mixture.settings, mixing)
     if expert is not None:
