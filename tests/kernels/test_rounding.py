@@ -7,7 +7,14 @@ from torch import Tensor
 
 from kernels.on_triton import DEVICE, kernels, needs_triton
 from pyper.kernels import TableCache, add_updates, join_weight, split_weight
-from pyper.kernels.rounding import more_bits, random_bits, random_key, round_stochastically
+from pyper.kernels.rounding import (
+    more_bits,
+    random_bits,
+    random_key,
+    round_stochastically,
+    store_masters,
+    to_masters,
+)
 
 ON = ["twin", pytest.param("kernel", marks=needs_triton)]
 
@@ -42,6 +49,31 @@ def test_every_float32_comes_back_bit_for_bit(on: str) -> None:
     assert torch.equal(back[~x.isnan()], x[~x.isnan()])
     assert weight[x.isnan()].isnan().all()
     assert back[x.isnan()].isnan().all()
+
+
+def test_many_at_once_are_split_and_joined_as_one() -> None:
+    x = every_edge()
+    x = x[~x.isnan()]
+    weight, low = split_weight(x)
+    ours, rest = torch.empty_like(weight), torch.empty_like(low)
+    store_masters([x.clone(), x[:1].clone()], [ours, ours[:1].clone()], [rest, rest[:1]], never)
+    assert torch.equal(ours.view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(rest, low)
+    masters = to_masters([ours, x, ours], [rest, None, None])
+    assert torch.equal(masters[0].view(torch.int32), x.view(torch.int32))
+    assert masters[1] is x
+    assert torch.equal(masters[2], ours.float())
+
+
+def test_the_nans_of_arithmetic_stay_nan() -> None:
+    x = torch.tensor([torch.inf]) - torch.inf
+    ours, rest = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)
+    store_masters([x], [ours], [rest], never)
+    assert ours.isnan().all()
+
+
+def never(i: int) -> Tensor:
+    raise AssertionError("nothing here is rounded at random")
 
 
 def test_zeros_keep_their_sign() -> None:

@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pyper.kernels import launch
-from pyper.kernels.launch import wide
 from pyper.kernels.multi_tensor import TableCache, as_aligned, triton_type
 from pyper.kernels.rounding import (
-    join_weight,
     more_bits,
     random_bits,
     random_key,
-    round_stochastically,
-    split_weight,
+    store_masters,
+    to_masters,
 )
 from pyper.kernels.state_8bit import BLOCK, Moment
 
@@ -89,8 +87,8 @@ def adamw_step(
 ) -> None:
     """One step of AdamW (arXiv:1711.05101) with gradients grads · factor, all in place.
 
-    grads: bf16 or float32, in the shapes of the weights. steps: (n,) float32, updates made so far
-    by `number`; counted up here. lr, factor: float32 without dimensions, on the device.
+    grads: bf16 or float32, in the shapes of the weights; used up. steps: (n,) float32, updates made
+    so far by `number`; counted up here. lr, factor: float32 without dimensions, on the device.
     """
     if not tensors or not launch.runs_triton(tensors[0].weight):
         return adamw_step_torch(tensors, grads, steps, lr, factor, settings, tables)
@@ -121,16 +119,14 @@ def adamw_step_torch(
         by_decay[t.weight_decay].append(i)
     for weight_decay, members in by_decay.items():
         chosen = [tensors[i] for i in members]
-        masters = [_master_of(t) for t in chosen]
-        wide_grads = [
-            grads[i].to(m.dtype).contiguous() for i, m in zip(members, masters, strict=True)
-        ]
-        moments = [t.mean.read() for t in chosen]
-        squares = [t.square.read() for t in chosen]
+        masters = to_masters([t.weight for t in chosen], [t.low for t in chosen])
+        given = [grads[i].to(m.dtype).contiguous() for i, m in zip(members, masters, strict=True)]
+        torch._foreach_mul_(given, factor)
+        means, squares = [t.mean.read() for t in chosen], [t.square.read() for t in chosen]
         adamw(
             masters,
-            list(torch._foreach_mul(wide_grads, factor)),
-            moments,
+            given,
+            means,
             squares,
             [],
             [counts[t.number] for t in chosen],
@@ -143,32 +139,30 @@ def adamw_step_torch(
             eps=settings.eps,
             maximize=False,
         )
-        for t, master, mean, square in zip(chosen, masters, moments, squares, strict=True):
-            _store(t, master, mean, square, steps[t.number], settings.random_seed)
-
-
-def _master_of(t: AdamWTensors) -> Tensor:
-    if t.low is not None:
-        return join_weight(t.weight, t.low)
-    return t.weight.to(wide(t.weight.dtype))
+        _store(chosen, masters, means, squares, counts, settings.random_seed)
 
 
 def _store(
-    t: AdamWTensors, master: Tensor, mean: Tensor, square: Tensor, step: Tensor, seed: int
+    tensors: list[AdamWTensors],
+    masters: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    counts: Sequence[Tensor],
+    seed: int,
 ) -> None:
     """Put back what was not updated in place."""
-    if t.low is not None:
-        weight, low = split_weight(master)
-        t.weight.copy_(weight)
-        t.low.copy_(low)
-    if t.mean.largest is None and (t.low is not None or master is t.weight):
-        return
-    random = random_bits(master, random_key(seed, t.number, step))
-    if t.low is None and master is not t.weight:
-        t.weight.copy_(round_stochastically(master, more_bits(random)))
-    if t.mean.largest is not None:
-        t.mean.write(mean, random)
-        t.square.write(square, random >> 16)
+
+    def random(i: int) -> Tensor:
+        t = tensors[i]
+        return random_bits(t.weight, random_key(seed, t.number, counts[t.number]))
+
+    for i, t in enumerate(tensors):
+        if t.mean.largest is not None:
+            bits = random(i)
+            t.mean.write(means[i], bits)
+            t.square.write(squares[i], bits >> 16)
+    weights, lows = [t.weight for t in tensors], [t.low for t in tensors]
+    store_masters(masters, weights, lows, lambda i: more_bits(random(i)))
 
 
 def _launch(
@@ -217,7 +211,7 @@ def _launch(
 
 if launch.HAS_TRITON:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])  # a seed of 1 would be no number but a constant
     def _adamw(
         addresses,
         grads,

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from pyper.kernels import launch
-from pyper.kernels.launch import wide
 from pyper.kernels.multi_tensor import TableCache, TensorTable, as_aligned, triton_type
 from pyper.kernels.rounding import (
-    join_weight,
     random_bits,
     random_key,
-    round_stochastically,
-    split_weight,
+    store_masters,
+    to_masters,
 )
 from pyper.kernels.state_8bit import BLOCK, Moment
 
@@ -40,7 +38,7 @@ def nesterov(
     random_seed: int,
     tables: TableCache,
 ) -> list[Tensor]:
-    """Nesterov's directions, in `dtype`; moments are changed in place.
+    """Nesterov's directions, in `dtype`; moments are changed in place, grads are used up.
 
     g = grad · factor; moment ← lerp(g, moment, momentum); direction = lerp(g, moment, momentum).
     numbers (of the tensors), step (without dimensions) and random_seed are the key of the random
@@ -88,7 +86,8 @@ def nesterov_torch(
 ) -> list[Tensor]:
     """The twin of `nesterov`, in plain torch."""
     means = [m.read() for m in moments]
-    scaled = torch._foreach_mul([g.to(m.dtype) for g, m in zip(grads, means, strict=True)], factor)
+    scaled = [g.to(m.dtype) for g, m in zip(grads, means, strict=True)]
+    torch._foreach_mul_(scaled, factor)
     torch._foreach_lerp_(means, scaled, 1 - momentum)
     directions = torch._foreach_lerp(scaled, means, momentum)
     for moment, mean, number in zip(moments, means, numbers, strict=True):
@@ -170,26 +169,21 @@ def add_updates_torch(
     tables: TableCache,
 ) -> None:
     """The twin of `add_updates`, in plain torch."""
-    masters = [
-        w.to(wide(w.dtype)) if low is None else join_weight(w, low)
-        for w, low in zip(weights, lows, strict=True)
-    ]
+    masters = to_masters(weights, lows)
     torch._foreach_mul_(masters, 1 - lr * weight_decay)
     wide_updates = [u.to(m.dtype) for u, m in zip(updates, masters, strict=True)]
     torch._foreach_add_(masters, torch._foreach_mul(wide_updates, lr * scale))
-    for weight, low, master, number in zip(weights, lows, masters, numbers, strict=True):
-        if low is not None:
-            high, rest = split_weight(master)
-            weight.copy_(high)
-            low.copy_(rest)
-        elif master is not weight:
-            random = random_bits(master, random_key(random_seed, number, step))
-            weight.copy_(round_stochastically(master, random))
+    store_masters(
+        masters,
+        weights,
+        lows,
+        lambda i: random_bits(weights[i], random_key(random_seed, numbers[i], step)),
+    )
 
 
 if launch.HAS_TRITON:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])  # a seed of 1 would be no number but a constant
     def _nesterov(
         addresses,
         grads,
@@ -237,7 +231,7 @@ if launch.HAS_TRITON:
         else:
             write(mean_ptr, mean, inside, MASKED)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])  # a seed of 1 would be no number but a constant
     def _add_updates(
         addresses,
         updates,

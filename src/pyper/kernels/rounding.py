@@ -9,10 +9,13 @@ Random bits come from a hash of (seed, tensor, step, index): nothing is stored, 
 stopped and resumed rounds as one that was not.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from pyper.kernels import launch
+from pyper.kernels.launch import wide
 
 if launch.HAS_TRITON:
     import triton
@@ -36,6 +39,42 @@ def split_weight(master: Tensor) -> tuple[Tensor, Tensor]:
     high = _high_half(master, 0x8000)
     low = master.view(torch.int32) - (high << 16)
     return _as_bf16(high), low.masked_fill_(master.isnan(), 0).to(torch.int16)
+
+
+def to_masters(weights: Sequence[Tensor], lows: Sequence[Tensor | None]) -> list[Tensor]:
+    """`join_weight` of many; where there is no low half, bf16 widened and float32 as it is."""
+    masters = [weight.to(wide(weight.dtype)) for weight in weights]
+    pairs = [(m, low) for m, low in zip(masters, lows, strict=True) if low is not None]
+    if pairs:
+        bits = [master.view(torch.int32) for master, _ in pairs]
+        wide_lows = [torch.empty_like(b) for b in bits]
+        torch._foreach_copy_(wide_lows, [low for _, low in pairs])
+        torch._foreach_add_(bits, wide_lows)
+    return masters
+
+
+def store_masters(
+    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lows: Sequence[Tensor | None],
+    random: Callable[[int], Tensor],
+) -> None:
+    """Undo `to_masters`; the masters, where they are no weights themselves, are used up.
+
+    random(i): bits that round the i-th, where it has no low half. NaN is stored as any other
+    number: those that a CPU makes stay NaN.
+    """
+    split = [i for i, low in enumerate(lows) if low is not None]
+    if split:
+        bits = [masters[i].view(torch.int32) for i in split]
+        torch._foreach_copy_([low for low in lows if low is not None], bits)  # their lower halves
+        torch._foreach_add_(bits, 0x8000)
+        for b in bits:
+            b >>= 16
+        torch._foreach_copy_([weights[i].view(torch.int16) for i in split], bits)
+    for i, (master, weight, low) in enumerate(zip(masters, weights, lows, strict=True)):
+        if low is None and master is not weight:
+            weight.copy_(round_stochastically(master, random(i)))
 
 
 def round_stochastically(master: Tensor, random: Tensor) -> Tensor:
