@@ -57,6 +57,8 @@ class SamplingBatch:
     top_p: Tensor | None
     min_p: Tensor | None
     repetition_penalty: Tensor | None
+    is_greedy: bool
+    """All rows take the likeliest token."""
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], device: torch.device) -> "SamplingBatch":
@@ -75,6 +77,7 @@ class SamplingBatch:
             optional([c.top_p for c in configs], 1.0),
             optional([c.min_p for c in configs], 0.0),
             optional([c.repetition_penalty for c in configs], 1.0),
+            all(c.temperature == 0 for c in configs),
         )
 
 
@@ -91,6 +94,8 @@ def draw(
         assert seen is not None
         scores = torch.where(seen, scores * batch.repetition_penalty, scores)
     best = scores.argmax(dim=-1)
+    if batch.is_greedy:
+        return best
     # The likeliest at 0: nothing overflows.
     scaled = (scores - scores.amax(dim=-1, keepdim=True)) / batch.temperature.clamp(min=1e-6)
     reached = filtered_probs(scaled, batch).cumsum(dim=-1)

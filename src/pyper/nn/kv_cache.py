@@ -156,13 +156,17 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     """query (B, H, T, K), keys and values (B, S, kv_heads, K); (B, H, T, K)."""
     n_new, K = query.shape[2:]
     fill = -K % _HEAD_TILE
-    query = F.pad(query, (0, fill, 0, mask.shape[2] - n_new))
-    key, value = (F.pad(x, (0, fill)).transpose(1, 2) for x in (keys, values))
+    query = _pad(query, (0, fill, 0, mask.shape[2] - n_new))
+    key, value = (_pad(x, (0, fill)).transpose(1, 2) for x in (keys, values))
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, enable_gqa=grouped, scale=K**-0.5
     )
     return out[:, :, :n_new, :K]
+
+
+def _pad(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return F.pad(x, sizes) if any(sizes) else x  # `F.pad` copies even then
 
 
 def _new_slots(chunk: Chunk) -> list[int]:
