@@ -107,12 +107,12 @@ class Server:
         health: dict[str, Any] = self.get("/health").json()
         return health
 
-    def wait_until_idle(self, seconds: float = 5) -> None:
+    def wait_until_idle(self, seconds: float = 15) -> None:
         """Slots return to zero."""
         wait_until(lambda: self.health()["running"] + self.health()["waiting"] == 0, seconds)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 15) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -213,6 +213,19 @@ class TestShutdown:
             assert "Traceback" not in "".join(server.printed)
             idle.close()
 
+    @pytest.mark.slow
+    def test_a_second_ctrl_c_ends_at_once(self, small_mixture_folder: Path) -> None:
+        with serving(small_mixture_folder) as server, server.connect() as connection:
+            body = LONG | {"n": 16, "stream": True}
+            connection.sendall(request(server, json.dumps(body).encode()))
+            wait_until(lambda: server.health()["running"] > 0, seconds=15)
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(timeout=10) == 130
+            assert "Traceback" not in "".join(server.printed)
+            assert b"shutting_down" in read_to_the_end(connection)
+
     def test_what_takes_too_long_is_told_so(self, small_mixture_folder: Path) -> None:
         with serving(small_mixture_folder, "--shutdown-seconds", "0.3") as server:
             url, parts = f"{server.url}/v1/completions", []

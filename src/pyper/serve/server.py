@@ -23,6 +23,9 @@ from pyper.serve.protocol import protocol_with
 from pyper.serve.service import Service
 from pyper.serve.settings import ServeSettings
 
+_FAREWELL_SECONDS = 1.0
+"""For clients to read that the server is going."""
+
 
 def listen(settings: ServeSettings) -> socket.socket:
     """Take the address before the model is loaded. Raises ConfigError when it cannot be had."""
@@ -80,16 +83,36 @@ def run_server(
 
 
 class _Server(uvicorn.Server):
-    """Ends requests properly that do not end in time."""
+    """Ends requests properly that do not end in time, or at a second Ctrl-C."""
 
     def __init__(self, config: uvicorn.Config, engine: EngineThread, seconds: float) -> None:
         super().__init__(config)
         self._engine, self._seconds = engine, seconds
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal; uvicorn would leave at the second one, with a traceback for each client."""
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._end_requests)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Signals are handled outside the loop, which has to be known there."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._seconds, self._engine.fail_all, shutting_down())
+        """Finish what runs, for as long as it may take."""
+        self._loop.call_later(self._seconds, self._end_requests)
         await super().shutdown(sockets)
+
+    def _end_requests(self) -> None:
+        self._engine.fail_all(shutting_down())
+        self._loop.call_later(_FAREWELL_SECONDS, self._end_connections)
+
+    def _end_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
