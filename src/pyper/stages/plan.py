@@ -14,6 +14,7 @@ from pyper.nn import count_parameters, train_flops_per_token
 from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
 from pyper.stages.start import open_start
 from pyper.stages.toml import to_toml
+from pyper.train.optimizer import moment_bytes
 
 # Where the data are not prepared yet: a common size, so that counts can be shown.
 _USUAL_VOCABULARY = 32_768
@@ -62,10 +63,11 @@ def _steps(run: RunConfig, data: TokenData) -> dict[str, int]:
 def _needs(run: RunConfig) -> dict[str, int]:
     parameters = count_parameters(run.model)
     half = run.train.precision != "fp32"
-    # bf16 weights + gradients and fp32 master, sum and two moments; or fp32 four times.
-    state = parameters * (2 + 2 + 16 if half else 16)
-    optimizer = 12 if half else 8
-    checkpoint = parameters * ((2 if half else 4) + optimizer)
+    # Weights in bf16 and their low halves, or in fp32; gradients; two moments.
+    weights = (2 if run.train.weights == "stochastic" else 4) if half else 4
+    saved = weights + moment_bytes(run.train)
+    state = parameters * (saved + (2 if half else 4))
+    checkpoint = parameters * saved
     kept = run.train.keep_checkpoints + 1
     parts = run.mixture.n_experts + 1 + int(run.train.control)
     return {

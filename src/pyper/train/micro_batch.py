@@ -6,6 +6,7 @@ from pyper.config import TrainConfig
 from pyper.data import Batch
 from pyper.nn import Transformer
 from pyper.train.loss import LossFunction
+from pyper.train.optimizer import moment_bytes
 from pyper.train.step import explain_out_of_memory
 
 # On a CPU larger passes only fall out of the caches.
@@ -27,29 +28,33 @@ def choose_micro_batch_size(
     if config.micro_batch_size != "auto":
         size = min(config.micro_batch_size, batch_size)
         if config.recompute_blocks == "auto" and model.device.type == "cuda":
-            model.recompute_blocks = _fewest_that_fit(model, size, seq_len, loss_fn)
+            model.recompute_blocks = _fewest_that_fit(model, config, size, seq_len, loss_fn)
         return size
     candidates = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     if model.device.type != "cuda":
         limit = max(1, _CPU_TOKENS // seq_len)
         return next(n for n in candidates if n <= limit)
     for size in candidates:
-        if _fits(model, size, seq_len, loss_fn):
+        if _fits(model, config, size, seq_len, loss_fn):
             return size
     return 1
 
 
-def _fewest_that_fit(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) -> int:
+def _fewest_that_fit(
+    model: Transformer, config: TrainConfig, size: int, seq_len: int, loss_fn: LossFunction
+) -> int:
     """Blocks to recompute: none, a quarter, a half … all."""
     n_blocks = len(model.blocks)
     for quarters in range(4):
         model.recompute_blocks = n_blocks * quarters // 4
-        if _fits(model, size, seq_len, loss_fn):
+        if _fits(model, config, size, seq_len, loss_fn):
             return model.recompute_blocks
     return n_blocks
 
 
-def _fits(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) -> bool:
+def _fits(
+    model: Transformer, config: TrainConfig, size: int, seq_len: int, loss_fn: LossFunction
+) -> bool:
     """Try one forward and backward pass; leaves room for the optimizer's states."""
     before = torch.cuda.memory_allocated(model.device)
     total = torch.cuda.get_device_properties(model.device).total_memory
@@ -65,6 +70,7 @@ def _fits(model: Transformer, size: int, seq_len: int, loss_fn: LossFunction) ->
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
-    # Adam's two moments, float32 sums of gradients: 12 bytes per weight still to come.
-    states = 12 * sum(p.numel() for p in model.parameters())
+    # Still to come: moments, and float32 sums of gradients where there are several.
+    sums = 4 if size * seq_len < config.global_batch_tokens else 0
+    states = (moment_bytes(config) + sums) * sum(p.numel() for p in model.parameters())
     return max(peak, before) + states < 0.92 * total

@@ -104,6 +104,16 @@ class ExpertOptimizer:
         return norm
 
 
+def moment_bytes(config: TrainConfig) -> int:
+    """What AdamW's moments take for each weight (Muon's one takes less)."""
+    return 2 * state_bits(config) // 8
+
+
+def state_bits(config: TrainConfig) -> int:
+    """Of each moment: 8 or 32."""
+    return 8 if config.optimizer == "adamw8bit" else config.state_bits
+
+
 def _low_half(parameter: nn.Parameter, config: TrainConfig) -> Tensor | None:
     """Nothing yet: the float32 weight starts as the bf16 one."""
     if parameter.dtype != torch.bfloat16 or config.weights == "stochastic":
@@ -131,7 +141,7 @@ def _build(
     with_muon = hidden if config.optimizer == "muon" else []
     others = [w for w in weights if w not in with_muon]
     decayed = {w.name for w in hidden} | {"head.weight"}
-    bits = 8 if config.optimizer == "adamw8bit" else config.state_bits
+    bits = state_bits(config)
     yield AdamW(
         others,
         [config.weight_decay if w.name in decayed else 0.0 for w in others],
