@@ -1,6 +1,7 @@
 """One optimizer step over a 1.54 B expert's weights: ours beside torch's fused AdamW.
 
     python benchmarks/optimizer.py [--json FILE] [--only NAME …] [--layers 28] [--width 2048]
+    python benchmarks/optimizer.py --programs    # AdamW in programs of other sizes
 
 Each row clips random gradients by their norm and updates all weights. Printed are milliseconds,
 the bytes that the update has to move, each once, over that time as a share of what a large copy
@@ -12,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from _record import add_json_option, write_record
@@ -19,6 +21,7 @@ from _timing import as_graph, median_ms
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig, TrainConfig
+from pyper.kernels import adamw as kernel
 from pyper.nn import Transformer
 from pyper.train.optimizer import ExpertOptimizer
 
@@ -112,6 +115,21 @@ def rows() -> dict[str, Row]:
     }
 
 
+def programs(shape: ExpertConfig, args: argparse.Namespace, speed: float) -> dict[str, Any]:
+    """Blocks of 256 and warps of a program against each other, in the two formats of AdamW."""
+    results = {}
+    for name in ("Pyper AdamW, exact bf16", "Pyper AdamW, exact bf16, 8 bits"):
+        for blocks, warps in ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (16, 16)):
+            with (
+                mock.patch.object(kernel, "_ROWS", blocks),
+                mock.patch.object(kernel, "_WARPS", warps),
+            ):
+                title = f"{name.removeprefix('Pyper ')}, {blocks} blocks, {warps} warps"
+                results[title] = measure(rows()[name], shape, args, speed)
+            print_row(title, results[title])
+    return results
+
+
 def copy_speed() -> float:
     """Bytes per second of a large copy, read and written."""
     a = torch.empty(2**30 if ON_GPU else 2**24, dtype=torch.uint8, device=DEVICE)
@@ -146,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048 if ON_GPU else 64)
     parser.add_argument("--vocabulary", type=int, default=32_768 if ON_GPU else 512)
     parser.add_argument("--repeats", type=int, default=10 if ON_GPU else 3)
+    parser.add_argument("--programs", action="store_true", help="compare sizes of programs")
     add_json_option(parser)
     return parser.parse_args()
 
@@ -168,8 +187,11 @@ def main() -> None:
     with torch.device("meta"):
         args.weights = sum(p.numel() for p in Transformer(shape).parameters())
     print(f"{args.weights:,} weights; a copy moves {speed / 1e9:,.0f} GB/s")
-    print(f"{'clip + update':<34}{'ms':>9}{'of copy':>9}{'graph ms':>10}{'GB':>8}{'peak GB':>9}")
+    print(f"{'clip + update':<44}{'ms':>9}{'of copy':>9}{'graph ms':>10}{'GB':>8}{'peak GB':>9}")
     results: dict[str, Any] = {"weights": args.weights, "copy_gb_per_s": speed / 1e9, "rows": {}}
+    if args.programs:
+        results["rows"] = programs(shape, args, speed)
+        args.only = []
     for name in args.only:
         found = results["rows"][name] = measure(rows()[name], shape, args, speed)
         print_row(name, found)
@@ -180,7 +202,7 @@ def main() -> None:
 
 def print_row(name: str, row: dict[str, Any]) -> None:
     share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
-    line = f"{name:<34}{row['ms']:>9.2f}{share:>9}"
+    line = f"{name:<44}{row['ms']:>9.2f}{share:>9}"
     if "graph_ms" in row:
         line += f"{row['graph_ms']:>10.2f}{row['memory_gb']:>8.1f}{row['peak_gb']:>9.1f}"
     print(line, flush=True)
