@@ -4,13 +4,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from pyper.generate.decode_step import to_device
-from pyper.generate.expert_runner import ExpertRunner
+from pyper.generate.expert_passes import ExpertPasses
 from pyper.generate.mixing_state import (
     MixingState,
     evidence_of,
@@ -21,12 +20,10 @@ from pyper.generate.pages import PagePool
 from pyper.generate.reading import Job, Reading, Text, begin_reading
 from pyper.generate.speculation import Drafter
 from pyper.mixture import Mixture
-from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.nn import PAGE_TOKENS
 from pyper.nn.kv_cache import ROW_TILE
 from pyper.routing import mix_log_probs
 
-# Passes of the experts in memory while one that is not there is waited for.
-_PATIENCE = 256
 # With the last token they fill a tile of rows: on a CPU they are read for nothing.
 N_GUESSES = ROW_TILE - 1
 
@@ -66,17 +63,14 @@ class MixtureReader:
         recorded as CUDA graphs. On a CPU that costs the last bits' independence of neighbours.
         """
         self.mixture, self.prefill_chunk = mixture, prefill_chunk
-        self.compiled, self.fixed_shapes = compiled, fixed_shapes
         self.pool = PagePool(cache_tokens // PAGE_TOKENS)
+        self._passes = ExpertPasses(
+            mixture, self.pool, compiled=compiled, fixed_shapes=fixed_shapes
+        )
         self.n_prefilled = self.n_reused = self.n_guessed = self.n_accepted = 0
         self.drafter, self.may_guess = drafter, True
-        self._n_waited = 0
         n = mixture.n_experts
         self._one_expert = [tuple(float(e == chosen) for e in range(n)) for chosen in range(n)]
-        # Experts of one shape, as a rule all, take their pages from one store.
-        self._stores: dict[tuple[object, ...], KVStore] = {}
-        self._runners: WeakKeyDictionary[Transformer, ExpertRunner] = WeakKeyDictionary()
-        self._graph_pool: object = None
 
     def pages_for(self, n_tokens: int, capacity: int, pinned: int | None) -> int:
         """The most pages that a text may come to use, `n_tokens` into it."""
@@ -116,18 +110,18 @@ class MixtureReader:
             self._guess(text)
         # 1. what the rule needs to know of every expert
         self._read(
-            [(t, e, t.state.n_evidence(len(t.tokens))) for t in texts for e in _live(t)], budget
+            [(t, e, t.state.n_evidence(len(t.tokens))) for t in texts for e in t.live], budget
         )
         known = [t for t in texts if self._has_evidence(t)]
         # 2. the rule
         self._weigh(known)
         # 3. the experts that write, where they have not read everything yet
-        self._read([(t, e, len(t.tokens)) for t in known for e in _used(t)], budget)
-        return [t for t in known if all(self._is_current(t, e) for e in _used(t))]
+        self._read([(t, e, len(t.tokens)) for t in known for e in t.used], budget)
+        return [t for t in known if all(t.is_read_by(e) for e in t.used)]
 
     def predict(self, texts: Sequence[Text]) -> list[Predictions]:
         """log p(next token) of texts that `advance` called ready."""
-        with_experts = [(t, [e for e in _live(t) if self._is_current(t, e)]) for t in texts]
+        with_experts = [(t, [e for e in t.live if t.is_read_by(e)]) for t in texts]
         # As many experts in every text: sums over a padded axis could differ in the last bit.
         with_experts.sort(key=lambda pair: len(pair[1]))
         return [self._mix(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
@@ -150,9 +144,8 @@ class MixtureReader:
         for expert in sorted({e for es in now for e in es}):
             rows = [i for i, es in enumerate(now) if expert in es]
             part = tokens if len(rows) == len(texts) else tokens[_index(rows, tokens)]
-            model = self.mixture.expert(expert)
             readings = [(texts[i], texts[i].readings[expert]) for i in rows]
-            log_probs = self._runner(model).read_ahead(model, readings, part, self.pool)
+            log_probs = self._passes.read_ahead(expert, readings, part)
             said |= {(i, expert): row for i, row in zip(rows, log_probs, strict=True)}
         per_expert = torch.stack([said[i, e] for i, es in enumerate(now) for e in es])
         per_expert = per_expert.view(len(texts), -1, per_expert.shape[-1])
@@ -168,14 +161,11 @@ class MixtureReader:
             return False  # one way to hurry at a time
         is_known = text.state.stays_decided(len(text.tokens))
         return (is_known or text.state.settings.mixing == "posterior") and all(
-            self._is_current(text, e)
-            and self.mixture.is_loaded(e)
-            and self._runner(self.mixture.expert(e)).fixed_shapes
-            for e in self._next_readers(text)
+            text.is_read_by(e) and self._passes.is_quick(e) for e in self._next_readers(text)
         )
 
     def _next_readers(self, text: Text) -> list[int]:
-        return _used(text) if text.state.stays_decided(len(text.tokens)) else _live(text)
+        return text.used if text.state.stays_decided(len(text.tokens)) else text.live
 
     def _weights_ahead(
         self, texts: Sequence[Text], experts: list[list[int]], scores: Tensor
@@ -196,7 +186,7 @@ class MixtureReader:
                 text.state.scores[len(text.tokens), expert] = score
                 text.readings[expert].n_scored = len(text.tokens) + 1
         if text.guesses:
-            self._check_guess(text, token)
+            self.n_accepted += text.check_guess(token)
         text.tokens.append(token)
 
     def _guess(self, text: Text) -> None:
@@ -210,27 +200,11 @@ class MixtureReader:
             text.guesses = self.drafter.guess(text, most)
             self.n_guessed += len(text.guesses)
 
-    def _check_guess(self, text: Text, token: int) -> None:
-        """Once the next token is known: if it was guessed, what comes after it has been read."""
-        is_right = token == text.guesses[0]
-        self.n_accepted += is_right
-        for reading in text.readings.values():
-            if reading.ahead and is_right:
-                reading.last = reading.ahead.pop(0)
-                reading.n_read += 1
-            else:
-                reading.ahead.clear()
-        text.guesses = text.guesses[1:] if is_right else []
-
     def _has_evidence(self, text: Text) -> bool:
         due = text.state.n_evidence(len(text.tokens))
         return due == 0 or all(
-            e in text.readings and text.readings[e].n_read >= due for e in _live(text)
+            e in text.readings and text.readings[e].n_read >= due for e in text.live
         )
-
-    def _is_current(self, text: Text, expert: int) -> bool:
-        reading = text.readings.get(expert)
-        return reading is not None and reading.n_read == len(text.tokens)
 
     def _weigh(self, texts: Sequence[Text]) -> None:
         undecided = []
@@ -257,7 +231,7 @@ class MixtureReader:
         per_expert = torch.stack(rows).view(len(members), -1, len(rows[0]))
         if per_expert.shape[1] == 1:
             return Predictions(texts, experts, per_expert[:, 0], per_expert)
-        weights = torch.tensor([[_weights(t)[e] for e in es] for t, es in members])
+        weights = torch.tensor([[t.known_weights[e] for e in es] for t, es in members])
         mixed = mix_log_probs(weights.log().to(per_expert.device), per_expert)
         return Predictions(texts, experts, mixed, per_expert)
 
@@ -274,13 +248,7 @@ class MixtureReader:
             job = self._within(Job(text, reading, upto, guesses), budget)
             if job is not None:
                 jobs[expert].append(job)
-        if not jobs:
-            return
-        here, next_one = self._turn(list(jobs))
-        for expert in here:
-            self._run(expert, jobs[expert])
-        if next_one is not None:
-            self.mixture.load_ahead(next_one)
+        self.n_prefilled += self._passes.run(jobs)
 
     def _reading_of(self, text: Text, expert: int, upto: int) -> Reading:
         """What the expert has read; where others have read on, their pages are taken over."""
@@ -298,41 +266,6 @@ class MixtureReader:
         text.readings[expert] = new
         return new
 
-    def _run(self, expert: int, jobs: list[Job]) -> None:
-        # The model is known here only: it may have to make room for the next one.
-        model = self.mixture.expert(expert)
-        self._runner(model).read(model, jobs, self.pool)
-
-    def _runner(self, model: Transformer) -> ExpertRunner:
-        runner = self._runners.get(model)
-        if runner is None:
-            is_gpu = model.device.type == "cuda"
-            if is_gpu and self._graph_pool is None:
-                self._graph_pool = torch.cuda.graph_pool_handle()
-            runner = self._runners[model] = ExpertRunner(
-                model,
-                self._store(model),
-                self.mixture.settings.seq_len,
-                fixed_shapes=is_gpu if self.fixed_shapes is None else self.fixed_shapes,
-                compiled=self.compiled and is_gpu,
-                graph_pool=self._graph_pool,
-            )
-        return runner
-
-    def _turn(self, wanted: list[int]) -> tuple[list[int], int | None]:
-        """The experts that run now, and one that is to be loaded meanwhile.
-
-        Who is not in memory waits while others run, but not for ever.
-        """
-        here = [e for e in wanted if self.mixture.is_loaded(e)]
-        away = [e for e in wanted if e not in here]
-        room = self.mixture.resident - len(here)
-        self._n_waited = self._n_waited + 1 if away else 0
-        if not away or (room <= 0 and self._n_waited < _PATIENCE):
-            return here, None
-        self._n_waited = 0
-        return (here, away[0]) if here else (away[:room], None)
-
     def _within(self, job: Job, budget: dict[int, int]) -> Job | None:
         """As much of a job as the budget of its expert allows; single tokens are always read."""
         expert, start = job.reading.expert, job.reading.n_read
@@ -342,17 +275,7 @@ class MixtureReader:
         if upto == start:
             return None
         budget[expert] -= upto - start
-        self.n_prefilled += upto - start
         return job if upto == job.upto else Job(job.text, job.reading, upto)
-
-    def _store(self, model: Transformer) -> KVStore:
-        c = model.config
-        shape = (c.kind, c.n_layers, c.attention_experts, c.kv_heads, c.dim_per_head, c.sparse)
-        key = (*shape, model.dtype, model.device)
-        if key not in self._stores:
-            n_pages = self.pool.n_pages
-            self._stores[key] = KVStore.allocate(c, n_pages, device=model.device, dtype=model.dtype)
-        return self._stores[key]
 
     def _forget(self, text: Text, expert: int) -> None:
         self.pool.release(text.readings.pop(expert).pages)
@@ -360,20 +283,6 @@ class MixtureReader:
 
 def _index(rows: list[int] | list[list[int]], like: Tensor) -> Tensor:
     return to_device(torch.tensor(rows), like.device)
-
-
-def _live(text: Text) -> list[int]:
-    return [expert for expert, is_live in enumerate(text.state.live) if is_live]
-
-
-def _weights(text: Text) -> tuple[float, ...]:
-    assert text.weights is not None
-    return text.weights
-
-
-def _used(text: Text) -> list[int]:
-    """Experts with a share in the next prediction."""
-    return [expert for expert, weight in enumerate(_weights(text)) if weight > 0]
 
 
 def _last(text: Text, expert: int) -> Tensor:

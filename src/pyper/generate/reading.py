@@ -47,6 +47,39 @@ class Text:
     guesses: list[int] = field(default_factory=list)
     """Tokens that may come next, and are read on trial."""
 
+    @property
+    def live(self) -> list[int]:
+        """Experts that may still be needed."""
+        return [expert for expert, is_live in enumerate(self.state.live) if is_live]
+
+    @property
+    def known_weights(self) -> tuple[float, ...]:
+        """Of the next prediction; they must be known."""
+        assert self.weights is not None
+        return self.weights
+
+    @property
+    def used(self) -> list[int]:
+        """Experts with a share in the next prediction, whose weights are known."""
+        return [expert for expert, weight in enumerate(self.known_weights) if weight > 0]
+
+    def is_read_by(self, expert: int) -> bool:
+        """Whether an expert has read all of it."""
+        reading = self.readings.get(expert)
+        return reading is not None and reading.n_read == len(self.tokens)
+
+    def check_guess(self, token: int) -> bool:
+        """Once the next token is known: if it was guessed, what comes after it has been read."""
+        is_right = token == self.guesses[0]
+        for reading in self.readings.values():
+            if reading.ahead and is_right:
+                reading.last = reading.ahead.pop(0)
+                reading.n_read += 1
+            else:
+                reading.ahead.clear()
+        self.guesses = self.guesses[1:] if is_right else []
+        return is_right
+
 
 @dataclass(frozen=True)
 class Job:

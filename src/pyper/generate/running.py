@@ -44,7 +44,6 @@ class Running:
                 finished = "length"
         if finished is not None:
             shown += self.shown.finish()
-        weights = self.text.weights
-        assert weights is not None
+        weights = self.text.known_weights
         expert = weights.index(max(weights))
         return Event(self.request_id, token, shown, log_prob, others, expert, weights, finished)
