@@ -46,3 +46,14 @@ def test_a_smaller_expert_trains_stops_resumes_and_writes(tmp_path: Path) -> Non
     results = json.loads((tmp_path / "expert.json").read_text())["results"]
     assert results["steps"] == [1, 2, 3, 4, 5, 6]
     assert results["generated"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would take minutes")
+def test_decoding_is_measured_on_a_tiny_model_where_there_is_no_gpu(tmp_path: Path) -> None:
+    rows = ["transformers, dynamic cache", "plain CUDA graph", "Pyper compiled, two experts"]
+    printed = printed_by("decode.py", "--only", *rows, "--json", tmp_path / "decode.json")
+
+    assert "There is no GPU" in printed
+    results = json.loads((tmp_path / "decode.json").read_text())["results"]["rows"]
+    assert list(results) == rows
+    assert all(row["batch 1"] > 0 and row["batch 4"] > 0 for row in results.values())
