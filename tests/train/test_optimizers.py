@@ -1,18 +1,25 @@
 """AdamW groups, Muon, clipping, exact weights and states."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_training import SEQ_LEN, new_config, new_model, weights_of
+from tiny_training import SEQ_LEN, Train, new_config, new_model, weights_of
 from torch import Tensor
 
 from pyper.checkpoint import flatten_state, same_state, unflatten_state
 from pyper.config import ExpertConfig
+from pyper.data import Batch
+from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.nn import Transformer, init_weights
+from pyper.train import next_token_loss
+from pyper.train.loss import LossSum
 from pyper.train.muon import Muon, orthogonalize
 from pyper.train.optimizer import ExpertOptimizer
+from pyper.train.step import train_step
 from pyper.train.trained_weight import TrainedWeight
 
 ONE = torch.tensor(1.0)
@@ -264,3 +271,91 @@ def test_clipping_limits_the_norm_of_all_gradients_together(
     means = [state["mean"]["values"] for state in optimizer.state_dict()["optimizers"][0].values()]
     after = sum(float(mean.square().sum()) for mean in means) ** 0.5 / (1 - 0.9)
     assert after == pytest.approx(expected or norm, rel=1e-4)
+
+
+OPTIONS = [
+    {"optimizer": "adamw"},
+    {"optimizer": "muon"},
+    {"optimizer": "adamw8bit"},
+    {"optimizer": "muon", "state_bits": 8, "weights": "stochastic"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_gradient_that_is_not_finite_touches_neither_weights_nor_states(
+    options: dict[str, Any], n_parts: int
+) -> None:
+    def batch() -> Batch:
+        tokens = torch.randint(257, (4, SEQ_LEN + 1))
+        return Batch(tokens[:, :-1], tokens[:, 1:])
+
+    def poisoned_loss(model: Transformer, batch: Batch) -> LossSum:
+        loss = next_token_loss(model, batch)
+        nothing = (0 * model.head.weight.float().sum()).sqrt()  # 0, with a gradient of NaN
+        return replace(loss, total=loss.total + nothing)
+
+    torch.manual_seed(0)
+    model = new_model(torch.bfloat16)
+    optimizer = ExpertOptimizer(model, new_config(**options), 3e-3)
+    for _ in range(2):
+        train_step(model, batch().split(4 // n_parts), optimizer, 1.0, next_token_loss)
+    weights, state = weights_of(model), optimizer.state_dict()
+    tensors, skeleton = flatten_state(state)
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    with pytest.raises(NonFiniteError):
+        train_step(model, batch().split(4 // n_parts), optimizer, 1.0, poisoned_loss)
+
+    assert all(torch.equal(w, weights[name]) for name, w in weights_of(model).items())
+    assert same_state(optimizer.state_dict(), unflatten_state(tensors, skeleton))
+    assert all(p.grad is None for p in model.parameters())
+    # and the next step is as if nothing had been
+    train_step(model, batch().split(4 // n_parts), optimizer, 1.0, next_token_loss)
+    assert all(w.isfinite().all() for w in weights_of(model).values())
+
+
+def test_one_bf16_gradient_is_used_as_it_is_and_several_take_float32_sums() -> None:
+    model = new_model(torch.bfloat16)
+    optimizer = ExpertOptimizer(model, new_config(), 1e-4)
+    given = torch.ones_like(model.head.weight)
+    model.head.weight.grad = given
+    optimizer.collect_gradients()
+    [weight] = [w for w in optimizer._weights if w.parameter is model.head.weight]
+    assert weight.grad is given
+    assert model.head.weight.grad is None
+    for _ in range(2):
+        model.head.weight.grad = torch.full_like(given, 2.0**-9)
+        optimizer.collect_gradients()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad == 1 + 2 * 2.0**-9).all()
+
+
+def test_rounding_at_random_learns_what_rounding_to_the_nearest_loses() -> None:
+    """200 updates of 1e-4 from 1, each a fortieth of bf16's step there."""
+    model = new_model(torch.bfloat16)
+    config = new_config(weights="stochastic", weight_decay=0.0, gradient_clip=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = ExpertOptimizer(model, config, 1e-4)
+    for _ in range(200):
+        give_gradients(model, torch.ones_like, optimizer)
+        optimizer.step(1.0)
+    assert not optimizer.state_dict()["low"]
+    means = [float(p.detach().float().mean()) for p in model.parameters() if p.numel() > 1000]
+    assert means == pytest.approx([1 - 200e-4] * len(means), abs=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=lambda o: "-".join(map(str, o.values())))
+def test_states_of_8_bits_and_random_roundings_resume_to_the_bit(
+    train: Train, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = new_config(precision="bf16", micro_batch_size=2, **options)
+    _, whole = train(tmp_path / "whole", config, dtype=torch.bfloat16)
+    with pytest.raises(InterruptedRun):
+        train(tmp_path / "cut", config, dtype=torch.bfloat16, should_stop=lambda step: step == 4)
+
+    _, resumed = train(tmp_path / "cut", config, dtype=torch.bfloat16)
+
+    assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
