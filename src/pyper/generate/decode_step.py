@@ -6,6 +6,7 @@ on a CPU, where the tests compare it with the general pass.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -138,10 +139,12 @@ def last(model: Transformer, x: Tensor) -> Tensor:
     return out
 
 
+@cache
 def _compiled(part: Part) -> Part:
     """Norms, products and activations in few kernels; all layers and experts share them.
 
-    Coordinate descent is what makes products with one row (matrix times vector) reach the speed of
+    One compiled function for each part: all steps find each other's kernels there. Coordinate
+    descent is what makes products with one row (matrix times vector) reach the speed of
     the memory: only with it does Inductor write them itself.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
