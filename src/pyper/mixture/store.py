@@ -108,8 +108,7 @@ def load_mixture(
             hint="copy the mixture again, or `pyper mix` again",
         )
     loaders = [
-        _VerifiedExpert(folder, name, torch.device(device))
-        for name in expert_folders(settings)
+        _VerifiedExpert(folder, name, torch.device(device)) for name in expert_folders(settings)
     ]
     router = _load_router(folder, settings, torch.device(device))
     return Mixture(settings, loaders, router, resident=resident), tokenizer
