@@ -130,7 +130,7 @@ class _Trainer:
             random_seed=plan.random_seed,
             workers=data.loader_workers,
         )
-        optimizer = ExpertOptimizer(model, config, plan.learning_rate)
+        optimizer = ExpertOptimizer(model, config, plan.learning_rate, plan.random_seed)
         if plan.optimizer_state is not None:
             optimizer.load_state_dict(plan.optimizer_state)
         stopping = EarlyStopping.from_config(config.early_stopping)
