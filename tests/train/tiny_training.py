@@ -11,6 +11,7 @@ from pyper.config import ExpertConfig, TrainConfig
 from pyper.nn import Transformer, init_weights
 from pyper.train import Schedule, TrainPlan, TrainResult
 from pyper.train.metrics import read_metrics
+from pyper.train.optimizer import ExpertOptimizer
 
 SEQ_LEN = 16
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -48,6 +49,19 @@ def new_plan(steps: int = 8, **changes: Any) -> TrainPlan:
         "random_seed": 5,
     }
     return TrainPlan(**values | changes)
+
+
+def give_gradients(
+    model: Transformer, value: Callable[[Tensor], Tensor], optimizer: ExpertOptimizer
+) -> None:
+    for parameter in model.parameters():
+        parameter.grad = value(parameter)
+    optimizer.collect_gradients()
+
+
+def random_gradients(seed: int) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda p: torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
 def weights_of(model: Transformer) -> dict[str, Tensor]:
