@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("PYPER_GPU_TRIAL", "1")
+
 from pyper.stages.context import available_cores
 
 

@@ -1,11 +1,15 @@
 """Where kernels run. Without Triton, or off the GPU, their PyTorch twins do the work."""
 
+import os
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
+# What has been tested in Triton's interpreter and on CPUs, but not yet on a GPU, runs there only
+# where it is asked for: kernels, and decoding that is recorded as CUDA graphs.
+ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
 
@@ -13,9 +17,9 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
 def runs_triton(x: Tensor) -> bool:
     """Whether work on x goes to a Triton kernel: bf16, fp32 or an index on CUDA, with Triton.
 
-    Kernels run on the current device, which is to be that of x.
+    Kernels run on the current device, which is to be that of x. They are on trial (`ON_TRIAL`).
     """
-    return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES
+    return HAS_TRITON and ON_TRIAL and x.is_cuda and x.dtype in _DTYPES
 
 
 def block_of(size: int, largest: int) -> int:
