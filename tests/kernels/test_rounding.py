@@ -66,10 +66,12 @@ def test_many_at_once_are_split_and_joined_as_one() -> None:
 
 
 def test_the_nans_of_arithmetic_stay_nan() -> None:
-    x = torch.tensor([torch.inf]) - torch.inf
-    ours, rest = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)
+    x = torch.cat((torch.tensor([torch.inf]) - torch.inf, torch.tensor([torch.nan])))
+    x = torch.cat((x, torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)))
+    ours, rest = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
     store_masters([x], [ours], [rest], never)
     assert ours.isnan().all()
+    assert join_weight(ours, rest).isnan().all()
 
 
 def never(i: int) -> Tensor:

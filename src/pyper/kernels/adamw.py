@@ -3,7 +3,8 @@
 Weights are float32, or bf16 with the low 16 bits of a float32 beside them, or bf16 rounded at
 random (see `rounding`); moments are float32 or 8 bits (see `state_8bit`). Gradients are scaled and
 clipped on the way, by a factor that is still on the device. All tensors of one kind go in one
-launch; nothing waits for the device, and a recorded graph stays valid.
+launch; nothing waits for the device, and a recorded graph stays valid. A step changes memory that
+it knows by address, so it is no operator that a compiler could trace.
 """
 
 from collections import defaultdict
@@ -48,6 +49,8 @@ if launch.HAS_TRITON:
 
 # Blocks of 256 numbers and warps of a program: 8 numbers for each thread.
 _ROWS, _WARPS = 8, 8
+# Weights that the twin has as float32 at one time.
+_AT_ONCE = 2**27
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,23 @@ def adamw_step(
     """One step of AdamW (arXiv:1711.05101) with gradients grads · factor, all in place.
 
     grads: bf16 or float32, in the shapes of the weights; used up. steps: (n,) float32, updates made
-    so far by `number`; counted up here. lr, factor: float32 without dimensions, on the device.
+    so far by `number`; counted up here. lr, factor: float32 without dimensions, on the device (lr
+    may be a number where no kernel runs).
     """
     if not tensors or not launch.runs_triton(tensors[0].weight):
-        return adamw_step_torch(tensors, grads, steps, lr, factor, settings, tables)
+        adamw_step_torch(tensors, grads, steps, lr, factor, settings, tables)
+        return
     counts = steps.unbind()
     torch._foreach_add_([counts[t.number] for t in tensors], 1)
+    updates = steps.double()
+    betas = (settings.beta1, settings.beta2)
+    corrections = [(1 - torch.pow(beta, updates)).float() for beta in betas]
     kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (t, grad) in enumerate(zip(tensors, grads, strict=True)):
         kinds[t.weight.dtype, t.low is None, t.mean.values.dtype, grad.dtype].append(i)
     for members in kinds.values():
         chosen = [tensors[i] for i in members], [as_aligned(grads[i]) for i in members]
-        _launch(*chosen, steps, lr, factor, settings, tables)
-    return None
+        _launch(*chosen, steps, corrections, lr, factor, settings, tables)
 
 
 def adamw_step_torch(
@@ -114,10 +121,12 @@ def adamw_step_torch(
 ) -> None:
     """The twin of `adamw_step`, in plain torch: its own fused AdamW where moments are float32."""
     counts = steps.unbind()
-    by_decay: dict[float, list[int]] = defaultdict(list)
+    groups: dict[tuple[float, int], list[int]] = defaultdict(list)
+    seen = 0
     for i, t in enumerate(tensors):
-        by_decay[t.weight_decay].append(i)
-    for weight_decay, members in by_decay.items():
+        groups[t.weight_decay, seen // _AT_ONCE].append(i)
+        seen += t.weight.numel()
+    for (weight_decay, _), members in groups.items():
         chosen = [tensors[i] for i in members]
         masters = to_masters([t.weight for t in chosen], [t.low for t in chosen])
         given = [grads[i].to(m.dtype).contiguous() for i, m in zip(members, masters, strict=True)]
@@ -169,28 +178,18 @@ def _launch(
     tensors: list[AdamWTensors],
     grads: list[Tensor],
     steps: Tensor,
+    corrections: list[Tensor],
     lr: Tensor | float,
     factor: Tensor,
     settings: AdamWSettings,
     tables: TableCache,
 ) -> None:
     """One kind: equal types of weights, moments and gradients."""
-    first, nowhere = tensors[0], steps.new_empty(0)
-    small = first.mean.largest is not None
-    columns = [
-        [t.weight for t in tensors],
-        [t.low if t.low is not None else nowhere for t in tensors],
-        [t.mean.values for t in tensors],
-        [t.square.values for t in tensors],
-        [t.mean.largest if t.mean.largest is not None else nowhere for t in tensors],
-        [t.square.largest if t.square.largest is not None else nowhere for t in tensors],
-    ]
+    first = tensors[0]
     key = (tuple(t.number for t in tensors), grads[0].dtype)
-    table = tables.get(key, columns, _ROWS * BLOCK)
+    table = tables.get(key, _columns(tensors), _ROWS * BLOCK)
     numbers = table.constant([t.number for t in tensors], torch.int32)
     decays = table.constant([t.weight_decay for t in tensors], torch.float32)
-    counts = steps.double()
-    corrections = [(1 - torch.pow(b, counts)).float() for b in (settings.beta1, settings.beta2)]
     given = table.changing(grads)
     for pieces, masked in table.launches():
         _adamw[(len(pieces),)](
@@ -201,12 +200,22 @@ def _launch(
             GRAD=triton_type(grads[0].dtype),
             SPLIT=first.low is not None,
             STOCHASTIC=first.low is None and first.weight.dtype == torch.bfloat16,
-            SMALL=small,
+            SMALL=first.mean.largest is not None,
             MASKED=masked,
             ALIGNED=table.aligned,
             ROWS=_ROWS,
             num_warps=_WARPS,
         )
+
+
+def _columns(tensors: list[AdamWTensors]) -> list[list[Tensor]]:
+    """What the kernel expects in each row of its table of addresses."""
+    nowhere = tensors[0].weight.new_empty(0)
+    parts = [
+        (t.weight, t.low, t.mean.values, t.square.values, t.mean.largest, t.square.largest)
+        for t in tensors
+    ]
+    return [[nowhere if x is None else x for x in column] for column in zip(*parts, strict=True)]
 
 
 if launch.HAS_TRITON:
@@ -293,8 +302,7 @@ if launch.HAS_TRITON:
         else:
             write(weight_ptr, weight, inside, MASKED)
         if SMALL:
-            if MASKED:
-                square = tl.where(inside, square, 0.0)
+            # What lies beyond the end was read as the largest, and fades like it: never above it.
             code, top = encode_signed(mean, random)
             write(mean_ptr, code, inside, MASKED)
             write(mean_top, top, has_row, MASKED)

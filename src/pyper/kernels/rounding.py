@@ -44,12 +44,11 @@ def split_weight(master: Tensor) -> tuple[Tensor, Tensor]:
 def to_masters(weights: Sequence[Tensor], lows: Sequence[Tensor | None]) -> list[Tensor]:
     """`join_weight` of many; where there is no low half, bf16 widened and float32 as it is."""
     masters = [weight.to(wide(weight.dtype)) for weight in weights]
-    pairs = [(m, low) for m, low in zip(masters, lows, strict=True) if low is not None]
+    pairs = [
+        (m.view(torch.int32), low) for m, low in zip(masters, lows, strict=True) if low is not None
+    ]
     if pairs:
-        bits = [master.view(torch.int32) for master, _ in pairs]
-        wide_lows = [torch.empty_like(b) for b in bits]
-        torch._foreach_copy_(wide_lows, [low for _, low in pairs])
-        torch._foreach_add_(bits, wide_lows)
+        torch._foreach_add_([bits for bits, _ in pairs], [low for _, low in pairs])
     return masters
 
 
@@ -62,12 +61,13 @@ def store_masters(
     """Undo `to_masters`; the masters, where they are no weights themselves, are used up.
 
     random(i): bits that round the i-th, where it has no low half. NaN is stored as any other
-    number: those that a CPU makes stay NaN.
+    number; those that processors make (0x7FFFFFFF, 0xFFC00000) stay NaN.
     """
     split = [i for i, low in enumerate(lows) if low is not None]
     if split:
         bits = [masters[i].view(torch.int32) for i in split]
         torch._foreach_copy_([low for low in lows if low is not None], bits)  # their lower halves
+        torch._foreach_clamp_max_(bits, 0x7FFF7FFF)  # the next would run over
         torch._foreach_add_(bits, 0x8000)
         for b in bits:
             b >>= 16
