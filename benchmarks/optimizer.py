@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig, TrainConfig
 from pyper.kernels import adamw as kernel
+from pyper.kernels import launch
 from pyper.nn import Transformer
 from pyper.train.optimizer import ExpertOptimizer
 
@@ -37,6 +38,8 @@ class Row:
     """What clipping and update have to read and write in this format; 0 for Muon, whose time goes
     into products."""
     make: Callable[[ExpertConfig], Callable[[], object]]
+    kernels: bool = True
+    """Whether ours may run as kernels."""
 
 
 def new_model(shape: ExpertConfig, dtype: torch.dtype) -> Transformer:
@@ -103,6 +106,7 @@ def rows() -> dict[str, Row]:
         "torch AdamW, all bf16": Row(16, lambda s: torch_adamw(s, False, bf16)),
         "Pyper AdamW, float32": Row(32, mine(fp32)),
         "Pyper AdamW, exact bf16": Row(28, mine()),
+        "Pyper AdamW, exact bf16, plain torch": Row(28, mine(), kernels=False),
         "Pyper AdamW, exact bf16, 8 bits": Row(16, mine(optimizer="adamw8bit")),
         "Pyper AdamW, stochastic, 8 bits": Row(
             12, mine(optimizer="adamw8bit", weights="stochastic")
@@ -140,7 +144,23 @@ def copy_speed() -> float:
 def measure(
     row: Row, shape: ExpertConfig, args: argparse.Namespace, speed: float
 ) -> dict[str, Any]:
-    step = row.make(shape)
+    """A row that does not run here says why, and the others go on."""
+    runs = launch.runs_triton if row.kernels else never
+    with mock.patch.object(launch, "runs_triton", runs):
+        try:
+            return measure_step(row, row.make(shape), args, speed)
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+
+
+def never(x: Tensor) -> bool:
+    """No work goes to kernels."""
+    return False
+
+
+def measure_step(
+    row: Row, step: Callable[[], object], args: argparse.Namespace, speed: float
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "ms": median_ms(lambda _: step(), warmup=3, repeats=args.repeats),
     }
@@ -201,6 +221,9 @@ def main() -> None:
 
 
 def print_row(name: str, row: dict[str, Any]) -> None:
+    if "failed" in row:
+        print(f"{name:<44}  {row['failed']}", flush=True)
+        return
     share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
     line = f"{name:<44}{row['ms']:>9.2f}{share:>9}"
     if "graph_ms" in row:
