@@ -14,6 +14,7 @@ from pyper.kernels import (
     expert_feed_forward,
     gather_rows,
     router_gates,
+    runs_triton,
     slots_of,
 )
 from pyper.kernels.activation import activate
@@ -184,6 +185,11 @@ class SparseFeedForward(nn.Module):
         self, tokens: Tensor, gates: Tensor, token_index: Tensor, slots: Tensor
     ) -> Tensor:
         """Equal numbers for every expert, token_index (E, C): batched products."""
+        if not runs_triton(tokens):
+            # Outputs are narrower than hidden rows: without kernels their gates come cheaper.
+            out = self.down(activate(self.up(tokens[token_index]), self.activation))
+            out = out * gates.T.gather(1, token_index).to(out.dtype).unsqueeze(-1)
+            return torch.zeros_like(tokens).index_add(0, token_index.flatten(), out.flatten(0, 1))
         rows = gather_rows(tokens, token_index, slots)
         out = expert_feed_forward(
             *(rows, token_index, gates, self.up.weight, self.down.weight),
