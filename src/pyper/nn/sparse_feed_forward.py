@@ -13,8 +13,8 @@ from pyper.kernels import (
     combine_rows,
     expert_feed_forward,
     gather_rows,
+    launch,
     router_gates,
-    runs_triton,
     slots_of,
 )
 from pyper.kernels.activation import activate
@@ -185,7 +185,7 @@ class SparseFeedForward(nn.Module):
         self, tokens: Tensor, gates: Tensor, token_index: Tensor, slots: Tensor
     ) -> Tensor:
         """Equal numbers for every expert, token_index (E, C): batched products."""
-        if not runs_triton(tokens):
+        if not launch.runs_triton(tokens):
             # Outputs are narrower than hidden rows: without kernels their gates come cheaper.
             out = self.down(activate(self.up(tokens[token_index]), self.activation))
             out = out * gates.T.gather(1, token_index).to(out.dtype).unsqueeze(-1)
