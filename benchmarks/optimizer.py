@@ -3,13 +3,15 @@
     python benchmarks/optimizer.py [--json FILE] [--only NAME …] [--layers 28] [--width 2048]
     python benchmarks/optimizer.py --programs    # AdamW in programs of other sizes
 
-Each row clips random gradients by their norm and updates all weights. Printed are milliseconds,
-the bytes that the update has to move, each once, over that time as a share of what a large copy
-reaches on the same GPU, and the memory of weights, gradients and states. Without a GPU a tiny shape
-runs on the CPU, where the numbers say nothing about a GPU.
+Ours is checked against torch's before anything is timed. Each row clips random gradients by their
+norm and updates all weights. Printed are milliseconds, the bytes that the update has to move, each
+once, over that time as a share of what a large copy reaches on the same GPU, and the memory of
+weights, gradients and states. Without a GPU a tiny shape runs on the CPU, where the numbers say
+nothing about a GPU.
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig, TrainConfig
 from pyper.kernels import adamw as kernel
-from pyper.kernels import launch
+from pyper.kernels import join_weight, launch
 from pyper.nn import Transformer
 from pyper.train.optimizer import ExpertOptimizer
 
@@ -119,6 +121,42 @@ def rows() -> dict[str, Row]:
     }
 
 
+def check() -> dict[str, float]:
+    """Errors of both exact formats; SystemExit where one is too large."""
+    errors = {"float32": error_of(torch.float32), "exact bf16": error_of(torch.bfloat16)}
+    if not all(error < 1e-4 for error in errors.values()):
+        raise SystemExit(f"wrong results, nothing was timed: {errors}")
+    return errors
+
+
+def error_of(dtype: torch.dtype) -> float:
+    """‖ours − torch's‖ / ‖torch's − start‖ after three steps of a small model."""
+    start = new_model(ExpertConfig(vocab_size=300, d_model=128, n_layers=2, n_heads=1), dtype)
+    mine, theirs = copy.deepcopy(start), copy.deepcopy(start).float()
+    grads = random_gradients(start, dtype)
+    config = TrainConfig(steps=1, learning_rate=1e-2, weight_decay=0, gradient_clip=None)
+    optimizer = ExpertOptimizer(mine, config, 1e-2)
+    reference = torch.optim.AdamW(theirs.parameters(), 1e-2, (0.9, 0.95), weight_decay=0)
+    for _ in range(3):
+        give(mine, grads)
+        give(theirs, [grad.float() for grad in grads])
+        optimizer.collect_gradients()
+        optimizer.step(1.0)
+        reference.step()
+    low = optimizer.state_dict()["low"]
+    exact = [join_weight(p.detach(), low[n]) if low else p for n, p in mine.named_parameters()]
+    ours, others, before = (
+        torch.cat([p.detach().double().flatten() for p in parameters])
+        for parameters in (exact, theirs.parameters(), start.parameters())
+    )
+    return ((ours - others).norm() / (others - before).norm()).item()
+
+
+def give(model: nn.Module, grads: list[Tensor]) -> None:
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad.clone()
+
+
 def programs(shape: ExpertConfig, args: argparse.Namespace, speed: float) -> dict[str, Any]:
     """Blocks of 256 and warps of a program against each other, in the two formats of AdamW."""
     results = {}
@@ -206,9 +244,16 @@ def main() -> None:
     shape, speed = shape_of(args), copy_speed()
     with torch.device("meta"):
         args.weights = sum(p.numel() for p in Transformer(shape).parameters())
+    errors = check()
+    print("errors against torch: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
     print(f"{args.weights:,} weights; a copy moves {speed / 1e9:,.0f} GB/s")
     print(f"{'clip + update':<44}{'ms':>9}{'of copy':>9}{'graph ms':>10}{'GB':>8}{'peak GB':>9}")
-    results: dict[str, Any] = {"weights": args.weights, "copy_gb_per_s": speed / 1e9, "rows": {}}
+    results: dict[str, Any] = {
+        "errors": errors,
+        "weights": args.weights,
+        "copy_gb_per_s": speed / 1e9,
+        "rows": {},
+    }
     if args.programs:
         results["rows"] = programs(shape, args, speed)
         args.only = []

@@ -138,7 +138,7 @@ def test_the_kernel_is_its_twin(kind: str, bits: int, dtype: torch.dtype) -> Non
             difference = (moment.values.float() - other.values.float()).abs()
             limit = 1e-5 * other.values.float().abs() if bits == 32 else 0
             assert (difference <= limit).float().mean() > 0.99
-            assert difference[other.values != 0].max() <= 1 or bits == 32
+            assert (difference <= limit + 1).float().mean() > 0.999
 
 
 @needs_triton
@@ -231,7 +231,7 @@ def test_nesterov_is_its_definition_and_its_twin(bits: int, dtype: torch.dtype) 
             reference[i] = 0.95 * reference[i] + 0.05 * g
             naive_direction = 0.05 * g + 0.95 * reference[i]
             assert error(directions[i], naive_direction) < (1e-6 if bits == 32 else 0.05)
-            assert error(directions[i], expected[i]) < 1e-4
+            assert error(directions[i], expected[i]) < (1e-6 if bits == 32 else 5e-3)
             assert error(ours[i].read(), reference[i]) < (1e-6 if bits == 32 else 0.06)
 
 

@@ -1,4 +1,4 @@
-"""`make bench`: without a GPU both scripts run a tiny shape, say so, and write their numbers."""
+"""`make bench`: without a GPU the scripts run a tiny shape, say so, and write their numbers."""
 
 import json
 import subprocess
@@ -26,3 +26,14 @@ def test_a_tiny_shape_is_measured_after_it_was_checked(script: str, tmp_path: Pa
     measured = results.get("capacity 1", results)
     assert measured["rows"]["Pyper"]["ms"] > 0
     assert max(measured["errors"].values()) < 1e-5
+
+
+def test_optimizers_are_checked_against_torch_before_they_are_timed(tmp_path: Path) -> None:
+    script = [str(BENCHMARKS / "optimizer.py"), "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([sys.executable, *script], capture_output=True, text=True, check=True)
+
+    assert "No GPU here" in done.stdout
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert max(results["errors"].values()) < 1e-5
+    assert len(results["rows"]) == 10
+    assert all(row["ms"] > 0 for row in results["rows"].values())

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyper.checkpoint import flatten_state, same_state, unflatten_state
 from pyper.config import ExpertConfig
 from pyper.data import Batch
-from pyper.errors import InterruptedRun, NonFiniteError
+from pyper.errors import CheckpointError, InterruptedRun, NonFiniteError
 from pyper.nn import Transformer, init_weights
 from pyper.train import next_token_loss
 from pyper.train.loss import LossSum
@@ -271,3 +271,9 @@ def test_states_of_8_bits_and_random_roundings_resume_to_the_bit(
     _, resumed = train(tmp_path / "cut", config, dtype=torch.bfloat16)
 
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
+
+
+def test_a_state_of_the_format_before_is_refused_in_words() -> None:
+    optimizer = ExpertOptimizer(new_model(), new_config(), 3e-3)
+    with pytest.raises(CheckpointError, match="older format"):
+        optimizer.load_state_dict({"optimizers": [], "masters": []})

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyper.config import TrainConfig
+from pyper.errors import CheckpointError
 from pyper.kernels import AdamWSettings
 from pyper.nn import Transformer
 from pyper.train.adamw import AdamW
@@ -87,8 +88,14 @@ class ExpertOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the states of `state_dict`; the model holds the weights of that moment.
 
-        Moments come from the state, settings from the run file.
+        Moments come from the state, settings from the run file. Raises CheckpointError for a state
+        that has float32 masters in place of low halves.
         """
+        if "low" not in state:
+            raise CheckpointError(
+                "this optimizer state is of an older format, which cannot be read any more",
+                hint="train on from the weights alone: `train.start_from`, in a new folder",
+            )
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for weight in self._weights:
