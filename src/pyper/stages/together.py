@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from pyper.errors import InterruptedRun
+from pyper.kernels.launch import ON_TRIAL
 from pyper.nn import count_parameters
 from pyper.stages.assign import ExpertData
 from pyper.stages.bars import watch
@@ -23,11 +24,16 @@ _MEMORY_SHARE = 0.6
 
 
 def pays_together(context: Context, n_units: int) -> bool:
-    """What `run.parallel_experts` says; for "auto": on a GPU, where experts are small and fit."""
+    """What `run.parallel_experts` says; for "auto": on a GPU, where experts are small and fit.
+
+    On trial (`ON_TRIAL`): measured on a CPU only, where it changes nothing.
+    """
     wanted = context.run.run.parallel_experts
     if wanted != "auto":
         return wanted
-    if context.device.type != "cuda" or count_parameters(context.model) > _SMALL_PARAMETERS:
+    if not ON_TRIAL or context.device.type != "cuda":
+        return False
+    if count_parameters(context.model) > _SMALL_PARAMETERS:
         return False
     total = torch.cuda.get_device_properties(context.device).total_memory
     return n_units * _needed_bytes(context) <= _MEMORY_SHARE * total
