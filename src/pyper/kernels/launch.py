@@ -8,7 +8,7 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 # What has been tested in Triton's interpreter and on CPUs, but not yet on a GPU, runs there only
-# where it is asked for: kernels, decoding that is recorded as CUDA graphs, experts trained together.
+# where it is asked for: kernels, decoding recorded as CUDA graphs, experts trained together.
 ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
