@@ -73,7 +73,17 @@ def test_wrong_usage_exits_2(pyper: Pyper, arguments: tuple[str, ...]) -> None:
     assert pyper(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("name", list_presets())
+def test_tuning_names_the_model_that_it_starts_from_and_is_not_there(
+    pyper: Pyper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = pyper("train", "tune", "--dry-run")
+    assert result.exit_code == 1
+    assert "models/merged" in result.stderr
+    assert "hint" in result.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in list_presets() if name != "tune"])
 def test_every_shipped_run_file_passes_a_dry_run(
     pyper: Pyper, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("train", "beta2", 1.0),
         ("train", "seed_fraction", 1.0),
         ("train", "schedule", "step"),
-        ("train", "precision", "fp8"),
+        ("train", "precision", "fp4"),
         ("train", "global_batch_tokens", "many"),
         ("train", "global_batch_tokens", 0),
         ("train", "micro_batch_size", 0),
