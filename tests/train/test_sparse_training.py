@@ -18,7 +18,6 @@ from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.nn import Transformer
 from pyper.routing import load_balancing_loss, router_probs, router_z_loss
 from pyper.train import LossSum, TrainingData, next_token_loss, train_expert
-from pyper.train.loop import _calibration_pool
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.step import train_step
 
@@ -238,6 +237,6 @@ def test_saved_thresholds_fit_the_weights_they_are_saved_with(
 ) -> None:
     model = sparse_model("expert_choice")
     trained = run(model, training_data, tmp_path / "run", new_config())
-    model.calibrate_thresholds(_calibration_pool(training_data))
+    model.calibrate_thresholds(training_data.windows(65_536))
     for name, tensor in weights_of(model).items():
         assert torch.equal(tensor, trained[name]), name

@@ -6,12 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyper.checkpoint import CheckpointStore, folder_lock
 from pyper.config import TrackConfig, TrainConfig
-from pyper.data import Batch, Loader, Packing
+from pyper.data import Batch, Loader
 from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.mixture.expert_folder import load_tensors_into
@@ -122,7 +119,7 @@ class _Trainer:
         self.held_out: list[HeldOut] = held_out_windows(
             data.valid, data.seq_len, config.eval_tokens
         )
-        self.calibration = _calibration_pool(data) if model.has_thresholds else None
+        self.calibration = data.windows(_CALIBRATION_TOKENS) if model.has_thresholds else None
         loader = Loader(
             data.train,
             seq_len=data.seq_len,
@@ -282,13 +279,6 @@ class _Trainer:
         )
         self.progress.finish(result.name, result.steps, result.loss)
         return result
-
-
-def _calibration_pool(data: TrainingData) -> Tensor:
-    """Windows (B, T) of training text: the same in a run that was stopped and resumed."""
-    packing = Packing(data.train, seq_len=data.seq_len, random_seed=0, epoch=0, shuffle=True)
-    n_windows = min(packing.n_sequences, max(1, _CALIBRATION_TOKENS // data.seq_len))
-    return torch.from_numpy(packing.sequences(range(n_windows))[:, :-1].copy())
 
 
 def _routing_record(layers: Sequence[LayerStatistics]) -> dict[str, Any]:
