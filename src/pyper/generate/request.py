@@ -48,7 +48,7 @@ class EngineLimits:
     max_running: int = 64
     """Requests that are decoded side by side; others wait."""
     cache_tokens: int = 65_536
-    """Tokens of keys and values that the cache of one expert holds, over all requests."""
+    """Tokens whose keys and values can be held, over all requests and experts."""
     prefill_chunk: int = 512
     """Prompt tokens read in one step, over all requests: the others go on in between."""
     compiled: bool = False
