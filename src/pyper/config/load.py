@@ -42,7 +42,8 @@ def find_run_file(path: Path | str) -> Path:
     if file.stem in list_presets() and file.suffix in ("", ".toml") and len(file.parts) == 1:
         return preset_path(file.stem)
     folder = file.parent if file.parent.is_dir() else Path()
-    names = [str(f) for f in folder.glob("*.toml")] + list_presets()
+    found = (f for f in folder.glob("*.toml") if f.name != "pyproject.toml")
+    names = [*map(str, found), *list_presets()]
     raise ConfigError(
         f"no run file `{path}`",
         hint=nearest(str(path), names) or f"shipped ones: {', '.join(list_presets())}",

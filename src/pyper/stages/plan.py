@@ -9,12 +9,12 @@ from rich.table import Table
 from pyper.checkpoint import format_bytes
 from pyper.config import RunConfig
 from pyper.data import TokenData
-from pyper.errors import DataError
+from pyper.errors import ConfigError, DataError
 from pyper.nn import count_parameters, train_flops_per_token
 from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
+from pyper.stages.memory import training_memory
 from pyper.stages.start import open_start
 from pyper.stages.toml import to_toml
-from pyper.train.optimizer import moment_bytes
 
 # Where the data are not prepared yet: a common size, so that counts can be shown.
 _USUAL_VOCABULARY = 32_768
@@ -60,39 +60,62 @@ def _steps(run: RunConfig, data: TokenData) -> dict[str, int]:
     return parts | ({"control": budget.control} if run.train.control else {})
 
 
-def _needs(run: RunConfig) -> dict[str, int]:
-    parameters = count_parameters(run.model)
-    half = run.train.precision != "fp32"
-    # Weights in bf16 and their low halves, or in fp32; gradients; two moments.
-    weights = (2 if run.train.weights == "stochastic" else 4) if half else 4
-    saved = weights + moment_bytes(run.train)
-    state = parameters * (saved + (2 if half else 4))
-    checkpoint = parameters * saved
+def _needs(run: RunConfig) -> dict[str, Any]:
+    parameters, memory = count_parameters(run.model), training_memory(run)
+    checkpoint = sum(memory[part] for part in ("weights", "low_halves", "moments"))
     kept = run.train.keep_checkpoints + 1
     parts = run.mixture.n_experts + 1 + int(run.train.control)
     return {
         "parameters_per_expert": parameters,
         "parameters": parameters * run.mixture.n_experts,
         "train_flops_per_token": train_flops_per_token(run.model, run.data.seq_len),
-        "memory_bytes": state,
+        "memory": memory,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": checkpoint * parts * kept,
     }
 
 
+def step_plan(planned: dict[str, Any], mfu: float, peak_flops: float) -> dict[str, Any]:
+    """FLOPs of one optimizer step, and its seconds where `mfu` of `peak_flops` is reached.
+
+    Raises ConfigError for shares and rates that cannot be.
+    """
+    if not 0 < mfu <= 1 or peak_flops <= 0:
+        raise ConfigError(
+            f"`--mfu` must be in (0, 1] and `--tflops` above 0, not {mfu:g} and "
+            f"{peak_flops / 1e12:g}",
+            hint="0.4 to 0.6 of the data sheet's dense bf16 rate are usual",
+        )
+    tokens = planned["run"]["train"]["global_batch_tokens"]
+    flops = tokens * planned["needs"]["train_flops_per_token"]
+    seconds = flops / (mfu * peak_flops)
+    return {"flops": flops, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
 def plan_table(planned: dict[str, Any]) -> Group:
     """The resolved run file, and a table of what it needs."""
+    run = Syntax(to_toml(planned["run"]), "toml", background_color="default")
+    return Group(run, needs_table(planned))
+
+
+def needs_table(planned: dict[str, Any]) -> Table:
+    """What a run needs; of one step too, where `step_plan` is in `planned["step"]`."""
     needs = planned["needs"]
     table = Table(show_header=False, box=None)
     table.add_row("one expert", f"{needs['parameters_per_expert']:,} parameters")
     table.add_row("all experts", f"{needs['parameters']:,} parameters")
     table.add_row("training", f"{needs['train_flops_per_token']:,} FLOPs per token")
-    memory = f"{format_bytes(needs['memory_bytes'])} and the activations"
-    table.add_row("memory, one expert at a time", memory)
+    memory = {part: format_bytes(n) for part, n in needs["memory"].items() if n}
+    table.add_row("memory, one expert at a time", memory.pop("total"))
+    for part, size in memory.items():
+        table.add_row(f"  {part.replace('_', ' ')}", size)
     table.add_row("disk, at most", format_bytes(needs["disk_bytes"]))
     if planned["steps"] is None:
         table.add_row("steps", f"unknown: {planned['note']}".replace("[", "\\["))
     else:
         table.add_row("steps", ", ".join(f"{k} {v:,}" for k, v in planned["steps"].items()))
         table.add_row("in all", f"{needs['train_flops']:.3g} FLOPs")
-    return Group(Syntax(to_toml(planned["run"]), "toml", background_color="default"), table)
+    if step := planned.get("step"):
+        table.add_row("one step", f"{step['flops']:.3g} FLOPs, {step['seconds']:.3g} s")
+        table.add_row("speed", f"{step['tokens_per_second']:,.0f} tokens per second")
+    return table

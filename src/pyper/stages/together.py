@@ -12,6 +12,7 @@ from pyper.nn import count_parameters
 from pyper.stages.assign import ExpertData
 from pyper.stages.bars import watch
 from pyper.stages.context import Context
+from pyper.stages.memory import training_memory
 from pyper.stages.train import Unit, train_unit
 from pyper.train import TrainResult
 from pyper.train.interrupt import catch_signals
@@ -36,17 +37,7 @@ def pays_together(context: Context, n_units: int) -> bool:
     if count_parameters(context.model) > _SMALL_PARAMETERS:
         return False
     total = torch.cuda.get_device_properties(context.device).total_memory
-    return n_units * _needed_bytes(context) <= _MEMORY_SHARE * total
-
-
-def _needed_bytes(context: Context) -> int:
-    """Weights, gradients and optimizer states; activations and logits of one pass."""
-    model, train = context.model, context.run.train
-    rows = train.global_batch_tokens // context.run.data.seq_len
-    if train.micro_batch_size != "auto":
-        rows = min(rows, train.micro_batch_size)
-    activations = 34 * model.d_model * model.n_layers + 10 * model.vocab_size
-    return 20 * count_parameters(model) + rows * context.run.data.seq_len * activations
+    return n_units * training_memory(context.run)["total"] <= _MEMORY_SHARE * total
 
 
 def train_together(

@@ -1,0 +1,152 @@
+"""What a run is reckoned to need, against what it does need."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pyper.cli.main import app
+from pyper.config import ExpertConfig, RunConfig, SparseConfig, TrainConfig
+from pyper.config.data import DataConfig
+from pyper.data import Batch
+from pyper.nn import Transformer, count_parameters, init_weights, train_flops_per_token
+from pyper.stages.memory import training_memory
+from pyper.train import next_token_loss
+from pyper.train.optimizer import ExpertOptimizer
+
+T, ROWS = 64, 4
+
+
+def run_of(train: dict[str, Any], **model: Any) -> RunConfig:
+    shape = {
+        "vocab_size": 17,
+        "seq_len": T,
+        "bos_id": 0,
+        "d_model": 64,
+        "n_layers": 3,
+        "n_heads": 4,
+        "d_ff": 256,
+    }
+    budget = {
+        "seed_fraction": 0,
+        "steps": 1,
+        "global_batch_tokens": T * ROWS,
+        "micro_batch_size": ROWS,
+    }
+    return RunConfig(
+        data=DataConfig(seq_len=T),
+        model=ExpertConfig(**shape | model),
+        train=TrainConfig(**{"precision": "fp32", **budget, **train}),
+    )
+
+
+def kept_bytes(run: RunConfig) -> int:
+    """Of what blocks, final norm and head keep for the backward pass, weights left out."""
+    model = Transformer(run.model)
+    init_weights(model, 0)
+    model.train()
+    recompute = run.train.recompute_blocks
+    model.recompute_blocks = 0 if recompute == "auto" else recompute
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() > 64:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = model.hidden(torch.zeros(ROWS, T, dtype=torch.long))
+    return sum(kept.values()) + states.nbytes  # which the head keeps
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"qk_norm": True},
+        {"activation": "swiglu"},
+        {"d_ff": 512, "n_layers": 5},
+    ],
+    ids=["plain", "grouped queries", "qk norm", "swiglu", "wider, deeper"],
+)
+def test_activations_are_reckoned_within_a_tenth(model: dict[str, Any]) -> None:
+    run = run_of({}, **model)
+    assert training_memory(run)["activations"] == pytest.approx(kept_bytes(run), rel=0.1)
+
+
+def test_recomputed_blocks_are_reckoned_to_keep_their_input_only() -> None:
+    whole, part, none = (run_of({"recompute_blocks": n}) for n in (0, 2, 3))
+    for run in (part, none):
+        assert training_memory(run)["activations"] == pytest.approx(kept_bytes(run), rel=0.15)
+    sizes = [training_memory(run)["activations"] for run in (whole, part, none)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"precision": "bf16", "weights": "stochastic", "optimizer": "adamw8bit"},
+    ],
+    ids=["fp32", "bf16, exact", "bf16, random, 8 bits"],
+)
+def test_weights_and_states_are_those_that_are_saved(train: dict[str, Any]) -> None:
+    run = run_of(train, d_ff=1024, vocab_size=512)
+    dtype = torch.float32 if train["precision"] == "fp32" else torch.bfloat16
+    model = Transformer(run.model).to(dtype)
+    init_weights(model, 0)
+    optimizer = ExpertOptimizer(model, run.train, 1e-3)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    next_token_loss(model, Batch(tokens, tokens)).total.backward()
+    optimizer.step(1.0)
+
+    def size(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, list | tuple) else 0
+
+    saved = sum(p.nbytes for p in model.parameters()) + size(optimizer.state_dict())
+    memory = training_memory(run)
+    reckoned = memory["weights"] + memory["low_halves"] + memory["moments"]
+    assert reckoned == pytest.approx(saved, rel=0.03)
+
+
+def test_several_micro_batches_need_sums_in_float32() -> None:
+    one = training_memory(run_of({"precision": "bf16"}))
+    two = training_memory(run_of({"precision": "bf16", "micro_batch_size": 2}))
+    assert one["gradient_sums"] == 0
+    assert two["gradient_sums"] == 4 * count_parameters(run_of({}).model)
+    assert two["activations"] == one["activations"] / 2
+
+
+def test_sparse_feed_forwards_keep_as_much_as_their_experts_read() -> None:
+    def needed(capacity: float) -> int:
+        sparse = SparseConfig(n_experts=4, capacity_factor=capacity)
+        return training_memory(run_of({}, kind="sparse", sparse=sparse))["activations"]
+
+    dense = training_memory(run_of({}))["activations"]
+    assert needed(0.5) < needed(1.0) == dense < needed(2.0)
+
+
+def test_the_plan_of_a_run_file_counts_the_work_of_a_step(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["inspect", "--plan", "8x1b5", "--mfu", "0.5", "--tflops", "1000", "--json"]
+    )
+    planned = json.loads(done.stdout)
+    shape = ExpertConfig(**planned["run"]["model"])
+    flops = train_flops_per_token(shape, shape.seq_len)
+    tokens = planned["run"]["train"]["global_batch_tokens"]
+    assert planned["step"]["flops"] == flops * tokens
+    assert planned["step"]["seconds"] == pytest.approx(flops * tokens / 5e14)
+    assert planned["needs"]["memory"]["total"] > 3e10
