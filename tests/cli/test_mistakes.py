@@ -1,6 +1,7 @@
 """What people get wrong: one line that says what, one that says what to do, and no traceback."""
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -297,3 +298,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert done.exit_code == 0
     assert "warning:" in done.stderr
     assert "using an earlier checkpoint" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_a_result_that_finds_no_room_is_an_error_in_words() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "pyper.cli.main", "inspect", "--plan", "small", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

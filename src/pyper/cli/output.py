@@ -1,13 +1,14 @@
 """Results on stdout, everything else on stderr."""
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from pyper.errors import PyperError
+from pyper.errors import PyperError, StorageError
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
@@ -29,9 +30,19 @@ def stdout() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object, and nothing else, on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False, default=str)
-    sys.stdout.write("\n")
+    """One JSON object, and nothing else, on stdout. Raises StorageError where it is full."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        raise
+    except OSError as error:
+        # What is still buffered would be written again, and fail again, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StorageError(
+            f"the result cannot be written: {error.strerror}",
+            hint="send it to a file on a disk with room",
+        ) from None
 
 
 def report_error(error: PyperError) -> None:
