@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
-# What has been tested in Triton's interpreter and on CPUs, but not yet on a GPU, runs there only
-# where it is asked for: kernels, decoding recorded as CUDA graphs, experts trained together.
+# What has been tested in Triton's interpreter and on CPUs, but not yet on a GPU as it is now, runs
+# there only where it is asked for: kernels, steps and decoding as CUDA graphs, experts together.
 ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
