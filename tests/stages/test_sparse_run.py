@@ -126,7 +126,6 @@ def test_the_table_never_headlines_what_saw_the_future(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@torch.no_grad()
 def test_decoding_writes_what_reading_the_whole_would(finished_sparse: Finished, name: str) -> None:
     folder = finished_sparse(name)
     model = open_model(folder, expert=None, mixing=None, resident=None, device="cpu")
