@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
+from pyper.kernels import router_gates
 from pyper.kernels.activation import activate
 from pyper.nn.attention import AttentionContext
 from pyper.nn.expert_linear import ExpertLinear
@@ -23,7 +24,6 @@ from pyper.routing.expert_choice import (
     as_mask,
     capacity_of,
     choose_tokens,
-    router_probs,
 )
 from pyper.routing.layer_statistics import layer_statistics
 from pyper.routing.thresholds import above_threshold
@@ -48,9 +48,7 @@ class ExpertStack(nn.Module):
         """Transform x (B, T, D)."""
         tokens = rearrange(x, "b t d -> (b t) d")
         padding = None if context.padding is None else context.padding.flatten()
-        wide = torch.promote_types(x.dtype, torch.float32)
-        router_logits = F.linear(tokens.to(wide), self.router.weight.to(wide))
-        gates = router_probs(router_logits, self.sparse.gate)  # (N, E)
+        router_logits, gates = router_gates(tokens, self.router.weight, self.sparse.gate)  # (N, E)
         scores = (gates if self.sparse.gate == "softmax" else router_logits).detach()
         if context.rule == "calibrate":  # there is one router: nobody reads what comes after it
             self.state.set_threshold(self._choose(scores, padding).kth_score)
