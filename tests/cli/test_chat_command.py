@@ -166,15 +166,25 @@ def stop_an_answer(process: "subprocess.Popen[bytes]", terminal: int) -> None:
     assert int(n_tokens[1]) < 1000
     if "› " not in shown:
         until(terminal, "› ")
-    process.send_signal(signal.SIGINT)
-    until(terminal, "/quit or Ctrl-D leaves")
+    until(terminal, "/quit or Ctrl-D leaves", again=lambda: process.send_signal(signal.SIGINT))
     os.write(terminal, b"\x04")
 
 
-def until(terminal: int, wanted: str, seconds: float = 30) -> str:
+def until(
+    terminal: int, wanted: str, again: Callable[[], object] = lambda: None, seconds: float = 30
+) -> str:
+    """Read until `wanted` was shown; `again` is done at first and whenever a second was silent.
+
+    Python notices a Ctrl-C that falls between its prompt and its wait for a key at the next key
+    only; a person presses again.
+    """
     shown, deadline = b"", time.monotonic() + seconds
+    again()
     while wanted.encode() not in shown:
-        ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
-        assert ready, shown
-        shown += os.read(terminal, 4096)
+        ready, _, _ = select.select([terminal], [], [], 1)
+        if ready:
+            shown += os.read(terminal, 4096)
+        else:
+            assert time.monotonic() < deadline, shown
+            again()
     return shown.decode(errors="replace")

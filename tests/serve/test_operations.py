@@ -17,7 +17,8 @@ from serve.raw_http import exchange, head, post, read_to_the_end, receive, reque
 from serve.small_server import CONTEXT, KEY, Server, serving, wait_until
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": CONTEXT - 10, "temperature": 0}
-SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 3}
+# greedy: one draw in a hundred would end the text before its last token
+SHORT = {"model": "tiny", "prompt": "a", "max_tokens": 3, "temperature": 0}
 AUTHORISED = {"Authorization": f"Bearer {KEY}"}
 
 
