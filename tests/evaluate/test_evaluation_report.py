@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.small_scores import PREFIXES, TEMPERATURE, price_tensor, small_scores
 from mixture.small_mixtures import NAMES
+from mixture.small_scores import PREFIXES, TEMPERATURE, price_tensor, small_scores
 from pyper.evaluate import Scores, domains_table, evaluation_report, losses_of_modes, results_table
 from pyper.evaluate.mixture_losses import Rows
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluate.small_scores import (
+from mixture.small_mixtures import ROUTERS
+from mixture.small_scores import (
     PREFIXES,
     PRICES,
     TEMPERATURE,
@@ -15,7 +16,6 @@ from evaluate.small_scores import (
     small_held_out,
     small_scores,
 )
-from mixture.small_mixtures import ROUTERS
 from nn.small_experts import small_expert
 from pyper.errors import DataError
 from pyper.evaluate import Scores, fit_temperature, losses_of_modes, score_held_out, token_losses

@@ -22,14 +22,17 @@ from pyper.kernels.rounding import join_weight, split_weight
 from pyper.kernels.router import router_gates, router_gates_torch
 from pyper.kernels.rows import combine_rows, combine_rows_torch, gather_rows, gather_rows_torch
 from pyper.kernels.state_8bit import Moment
+from pyper.kernels.thin_linear import InputNorm, ThinWeight, thin_linear, thin_linear_torch
 
 __all__ = [
     "AdamWSettings",
     "AdamWTensors",
     "Choice",
     "ExpertChoiceOutput",
+    "InputNorm",
     "Moment",
     "TableCache",
+    "ThinWeight",
     "activate",
     "activate_rows",
     "activate_rows_torch",
@@ -59,4 +62,6 @@ __all__ = [
     "slots_of",
     "slots_of_torch",
     "split_weight",
+    "thin_linear",
+    "thin_linear_torch",
 ]
