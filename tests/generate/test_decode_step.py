@@ -12,7 +12,7 @@ from generate.test_mixture_decoding import decode, texts
 from generate.test_writing_text import BYTES, scripted, small_bytes
 from mixture.small_mixtures import MODES, small_mixture
 from nn.small_experts import BOS, small_expert, text_of
-from pyper.config import SparseConfig
+from pyper.config import RopeScaling, SparseConfig
 from pyper.generate import BatchEngine, EngineLimits, SamplingConfig
 from pyper.generate.decode_step import DecodeStep, after, before, has_fixed_shapes, last
 from pyper.nn import KVCache
@@ -21,6 +21,14 @@ SHAPES: list[dict[str, Any]] = [
     {},
     {"n_kv_heads": 2, "activation": "swiglu", "qk_norm": True, "tie_embeddings": True},
     {"n_kv_heads": 1, "attention_bias": True, "feed_forward_bias": True, "n_layers": 3},
+    {
+        "norm_position": "post",
+        "qk_norm": True,
+        "qk_norm_over": "projection",
+        "n_kv_heads": 2,
+        "attention_output_bias": True,
+    },
+    {"no_rope_layers": (1,), "rope_scaling": RopeScaling(kind="llama3", factor=8.0)},
 ]
 
 

@@ -12,12 +12,21 @@ from pyper.errors import PromptError
 from pyper.nn import PAGE_TOKENS, KVCache, Transformer
 
 LENGTH = 20
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_seq_len=24)
 SHAPES: list[dict[str, Any]] = [
     {},
     {"n_kv_heads": 2, "activation": "swiglu"},
     {"n_kv_heads": 1, "qk_norm": True, "attention_bias": True},
     {"attend_across_documents": False},
     {"rope_scaling": RopeScaling(kind="yarn", factor=2.0, original_seq_len=24), "head_dim": 8},
+    {
+        "norm_position": "post",
+        "qk_norm": True,
+        "qk_norm_over": "projection",
+        "n_kv_heads": 2,
+        "attention_output_bias": True,
+    },
+    {"no_rope_layers": (1,), "rope_scaling": LLAMA3},
 ]
 
 

@@ -93,7 +93,7 @@ def test_later_tokens_change_nothing_before(changes: dict[str, Any]) -> None:
 def test_every_attention_counts() -> None:
     one = small_config(kind="sparse", sparse=SPARSE.model_copy(update={"attention_experts": 0}))
     three = small_config(kind="sparse", sparse=SPARSE)
-    attention = sum(p.numel() for p in Attention(one).parameters())
+    attention = sum(p.numel() for p in Attention(one, 0).parameters())
     more = 2 * (2 * attention + 3 * 16)  # in two layers: two more, and a router
     assert count_parameters(three) - count_parameters(one) == more
     scores = 4 * 2 * 10 * 16  # 4 · L · T · H·K of one attention

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pyper.config.base import Section
 from pyper.config.sparse import SparseConfig
@@ -11,16 +11,91 @@ from pyper.errors import ConfigError
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 Init = Literal["scaled_normal", "zero_output"]
 Kind = Literal["dense", "sparse", "token_mixture"]
+_NOT_IN_TOKEN_MIXTURES = (
+    "qk_norm_over",
+    "norm_position",
+    "attention_output_bias",
+    "no_rope_layers",
+)
+
+
+# Which optional keys each kind of scaling reads.
+_SCALING_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "ntk": (),
+    "yarn": (
+        "original_seq_len",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "llama3": ("original_seq_len", "low_freq_factor", "high_freq_factor"),
+}
 
 
 class RopeScaling(Section):
     """How RoPE reaches beyond the length it was trained on."""
 
-    kind: Literal["linear", "ntk", "yarn"]
-    factor: float = Field(gt=1.0)
+    kind: Literal["linear", "ntk", "yarn", "llama3"]
+    """`llama3` is that of Llama 3.1: only slow pairs are interpolated."""
+    factor: float = Field(ge=1.0)
     """New length divided by the original one."""
     original_seq_len: int = Field(default=2048, gt=0)
-    """The length the weights were trained on (used by YaRN)."""
+    """The length the weights were trained on (used by YaRN and `llama3`)."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """YaRN: pairs that turn more often in the original length keep their speed."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """YaRN: pairs that turn less often in the original length are interpolated."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """YaRN: factor on cos and sin; default: from `factor`, `mscale` and `mscale_all_dim`."""
+    mscale: float | None = Field(default=None, gt=0)
+    """YaRN, with `mscale_all_dim`: the factor is (0.1·mscale·ln s + 1) / (0.1·mscale_all_dim·ln s
+    + 1) instead of 0.1·ln s + 1."""
+    mscale_all_dim: float | None = Field(default=None, gt=0)
+    truncate: bool = True
+    """YaRN: round the borders between the pairs to whole pairs."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """`llama3`: pairs with fewer turns than this in the original length are interpolated."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """`llama3`: pairs with more turns than this keep their speed."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _no_dynamic_scaling(cls, kind: object) -> object:
+        if kind == "dynamic":
+            raise ConfigError(
+                '`rope_scaling.kind = "dynamic"` turns keys anew at every length: cached ones '
+                "would be wrong, and predictions would depend on later tokens",
+                hint='use `kind = "ntk"` with the factor of the longest text, or `"yarn"`',
+            )
+        return kind
+
+    @model_validator(mode="after")
+    def _keys_go_with_the_kind(self) -> "RopeScaling":
+        known = {"kind", "factor", "original_seq_len", *_SCALING_KEYS[self.kind]}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for key in self.model_fields_set - known:
+            if getattr(self, key) != defaults[key]:
+                raise ConfigError(
+                    f'`rope_scaling.{key}` has no effect with `kind = "{self.kind}"`',
+                    hint="leave it out",
+                )
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ConfigError(
+                    f"`rope_scaling.{low}` ({getattr(self, low):g}) must be below "
+                    f"`{high}` ({getattr(self, high):g})",
+                    hint=f"usual: {defaults[low]:g} and {defaults[high]:g}",
+                )
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ConfigError(
+                "`rope_scaling.mscale` and `mscale_all_dim` go together",
+                hint="set both or neither",
+            )
+        return self
 
 
 class ExpertConfig(Section):
@@ -50,10 +125,19 @@ class ExpertConfig(Section):
     activation: Activation = "gelu"
     """`gelu` is the exact (erf) one, `gelu_tanh` its approximation."""
     qk_norm: bool = False
-    """RMSNorm over `head_dim` on queries and keys before RoPE."""
+    """RMSNorm on queries and keys before RoPE."""
+    qk_norm_over: Literal["head", "projection"] = "head"
+    """What `qk_norm` takes the mean over: each head (Qwen 3), or all heads of a token (OLMo 2)."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre`: x + f(norm(x)); `post`: x + norm(f(x)), as in OLMo 2."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
+    attention_output_bias: bool = False
+    """A bias on the projection that attention writes with."""
     feed_forward_bias: bool = False
+    """Biases on all projections of the feed-forward."""
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers (from 0) whose attention does not see positions, as in SmolLM 3."""
     tie_embeddings: bool = False
     """One matrix for the input table and the output head."""
     rope_theta: float = Field(default=10_000.0, gt=0)
@@ -93,6 +177,44 @@ class ExpertConfig(Section):
                 "experts have attentions of their own",
                 hint='leave it out, or set `kind = "sparse"`',
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_possible(self) -> "ExpertConfig":
+        if self.qk_norm_over == "projection" and not self.qk_norm:
+            raise ConfigError(
+                '`model.qk_norm_over = "projection"` has no effect without `qk_norm`',
+                hint="set `qk_norm = true`, or leave `qk_norm_over` out",
+            )
+        if self.norm_position == "post" and self.init == "zero_output":
+            raise ConfigError(
+                '`model.norm_position = "post"` normalises what a block writes: outputs that begin '
+                'at zero (`init = "zero_output"`) would get gradients of any size',
+                hint='use `init = "scaled_normal"`',
+            )
+        layers = self.no_rope_layers
+        if list(layers) != sorted(set(layers)):
+            raise ConfigError(
+                f"`model.no_rope_layers` must ascend, each layer once, not {list(layers)}",
+                hint="for every fourth of eight layers: `[3, 7]`",
+            )
+        if layers and not 0 <= layers[0] <= layers[-1] < self.n_layers:
+            raise ConfigError(
+                f"`model.no_rope_layers` must be in 0 … {self.n_layers - 1}, not {list(layers)}",
+                hint="layers count from 0",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _token_mixtures_are_plain(self) -> "ExpertConfig":
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for key in _NOT_IN_TOKEN_MIXTURES if self.kind == "token_mixture" else ():
+            if getattr(self, key) != defaults[key]:
+                raise ConfigError(
+                    f"`model.{key} = {getattr(self, key)!r}` does not go with `kind = "
+                    '"token_mixture"`, whose experts run as one batch of plain blocks',
+                    hint=f'leave `{key}` out, or set `kind = "sparse"`',
+                )
         return self
 
     @model_validator(mode="after")

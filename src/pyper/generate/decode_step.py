@@ -119,7 +119,7 @@ def before(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     """Query (B, H, K), key and value (B, kv_heads, K) of the residual stream x (B, D)."""
     attention = block.attention
     assert isinstance(attention, Attention)
-    heads = attention.query_key_value(block.attention_norm(x)[None], cos, sin)
+    heads = attention.query_key_value(block.attention_input(x)[None], cos, sin)
     query, key, value = (t[0].transpose(0, 1).contiguous() for t in heads)
     return query, key, value
 
@@ -128,9 +128,8 @@ def after(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
     """The residual stream (B, D) after the block, of what the heads read (B, H, K)."""
     attention = block.attention
     assert isinstance(attention, Attention)
-    x = x + attention.out(mixed.flatten(1))
-    out: Tensor = x + block.feed_forward(block.feed_forward_norm(x))
-    return out
+    x = block.add_attention(x, attention.out(mixed.flatten(1)))
+    return block.add_feed_forward(x, block.feed_forward(block.feed_forward_input(x)))
 
 
 def last(model: Transformer, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class AttentionContext:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√K)·v over the past, H query heads sharing `kv_heads` keys and values."""
 
-    def __init__(self, config: ExpertConfig) -> None:
+    def __init__(self, config: ExpertConfig, layer: int) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         width = config.n_heads * config.dim_per_head
@@ -42,9 +42,13 @@ class Attention(nn.Module):
         self.widths = (width, kv_width, kv_width)
         # One product for all three: a third of the kernel launches, better shapes for the GEMM.
         self.qkv = nn.Linear(config.d_model, width + 2 * kv_width, bias=config.attention_bias)
-        self.out = nn.Linear(width, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.dim_per_head, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.dim_per_head, config.norm_eps) if config.qk_norm else None
+        self.out = nn.Linear(width, config.d_model, bias=config.attention_output_bias)
+        self.by_head = config.qk_norm_over == "head"
+        gains = (config.dim_per_head,) * 2 if self.by_head else (width, kv_width)
+        self.q_norm, self.k_norm = (
+            RMSNorm(size, config.norm_eps) if config.qk_norm else None for size in gains
+        )
+        self.rotates = layer not in config.no_rope_layers
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Attend within x (B, T, D), and to the cached past where there is one."""
@@ -62,12 +66,20 @@ class Attention(nn.Module):
         return out
 
     def query_key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, T, K), key and value (B, kv_heads, T, K) of x (B, T, D), turned."""
+        """Query (B, H, T, K), key and value (B, kv_heads, T, K) of x (B, T, D), turned.
+
+        A layer without positions leaves them as they are.
+        """
         # Queries and keys are normalised and turned together: fewer, larger operations.
         width, kv_width, _ = self.widths
         query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
+        if not self.by_head:
+            query_key = self._normalize_whole(query_key)
         query_key = rearrange(query_key, "b t (h k) -> b t h k", h=self.n_heads + self.n_kv_heads)
-        query_key = apply_rotation(self._normalize(query_key), cos, sin)
+        if self.by_head:
+            query_key = self._normalize(query_key)
+        if self.rotates:
+            query_key = apply_rotation(query_key, cos, sin)
         query_key = rearrange(query_key, "b t h k -> b h t k")
         query, key = query_key.split((self.n_heads, self.n_kv_heads), dim=1)
         value = rearrange(value, "b t (h k) -> b h t k", h=self.n_kv_heads)
@@ -82,6 +94,13 @@ class Attention(nn.Module):
             self.k_norm.weight.expand(self.n_kv_heads, -1),
         )
         return rms_norm(query_key, torch.cat(gains), self.q_norm.eps)
+
+    def _normalize_whole(self, query_key: Tensor) -> Tensor:
+        """QK-norm over all query heads and all key heads of a token (B, T, (H + kv_heads)·K)."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        query, key = query_key.split(self.widths[:2], dim=-1)
+        return torch.cat((self.q_norm(query), self.k_norm(key)), dim=-1)
 
 
 def document_mask(document: Tensor) -> Tensor:

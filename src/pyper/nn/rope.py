@@ -8,9 +8,6 @@ from torch import Tensor
 
 from pyper.config import RopeScaling
 
-# Rotations per original context between which YaRN blends (arXiv:2309.00071, §3.2).
-_YARN_FAST, _YARN_SLOW = 32.0, 1.0
-
 
 @lru_cache(maxsize=64)
 def inverse_frequencies(
@@ -24,8 +21,10 @@ def inverse_frequencies(
         frequencies = theta**-exponent / scaling.factor
     elif scaling.kind == "ntk":
         frequencies = (theta * scaling.factor ** (head_dim / (head_dim - 2))) ** -exponent
-    else:
+    elif scaling.kind == "yarn":
         frequencies = _yarn(theta**-exponent, theta, head_dim, scaling)
+    else:
+        frequencies = _llama3(theta**-exponent, scaling)
     return frequencies.float().to(device)
 
 
@@ -36,18 +35,34 @@ def _yarn(frequencies: Tensor, theta: float, head_dim: int, scaling: RopeScaling
         wavelength = scaling.original_seq_len / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_with(_YARN_FAST)), 0)
-    high = min(math.ceil(pair_with(_YARN_SLOW)), head_dim - 1)
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 1e-3
     pair = torch.arange(head_dim // 2, dtype=torch.float64)
-    interpolated = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    interpolated = ((pair - low) / width).clamp(0, 1)
     return frequencies * (1 - interpolated) + frequencies / scaling.factor * interpolated
 
 
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Interpolate pairs by their turns in the original length (Llama 3.1, arXiv:2407.21783)."""
+    turns = scaling.original_seq_len * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
 def attention_scale(scaling: RopeScaling | None) -> float:
-    """Factor on cos and sin: YaRN's 0.1·ln s + 1, otherwise 1."""
+    """Factor on cos and sin: YaRN's 0.1·ln s + 1 or what its keys say, otherwise 1."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
-    return 0.1 * math.log(scaling.factor) + 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    stretch = 0.1 * math.log(scaling.factor)
+    if scaling.mscale is None or scaling.mscale_all_dim is None:
+        return stretch + 1.0
+    return (scaling.mscale * stretch + 1.0) / (scaling.mscale_all_dim * stretch + 1.0)
 
 
 def rotation(

@@ -15,11 +15,11 @@ class SoftAttention(nn.Module):
     tokens attend to: all run, and cost `attention_experts` times one.
     """
 
-    def __init__(self, config: ExpertConfig) -> None:
+    def __init__(self, config: ExpertConfig, layer: int) -> None:
         super().__init__()
         n_experts = config.attention_experts
         self.router = nn.Linear(config.d_model, n_experts, bias=False)
-        self.experts = nn.ModuleList(Attention(config) for _ in range(n_experts))
+        self.experts = nn.ModuleList(Attention(config, layer) for _ in range(n_experts))
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         """Attend within x (B, T, D), and to the cached past where there is one."""
