@@ -39,14 +39,14 @@ def test_targets_are_the_next_tokens(documents: Documents) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_do_not_depend_on_the_number_of_threads(documents: Documents, workers: int) -> None:
     with loader(documents) as alone, loader(documents, workers=workers) as threaded:
-        n = 2 * alone.sequences_per_epoch // 7
+        n = 2 * alone.sequences_in(0) // 7
         assert torch.equal(take(alone, n), take(threaded, n))
         assert alone.position == threaded.position
 
 
 def test_an_epoch_has_each_sequence_once_and_runs_into_the_next(documents: Documents) -> None:
     with loader(documents) as source:
-        per_epoch = source.sequences_per_epoch
+        per_epoch = source.sequences_in(0)
         assert per_epoch % 7  # otherwise this shows nothing
         rows = take(source, 2 * per_epoch // 7 + 1)[: 2 * per_epoch]
     for epoch in range(2):
@@ -57,7 +57,7 @@ def test_an_epoch_has_each_sequence_once_and_runs_into_the_next(documents: Docum
 
 def test_a_batch_may_be_larger_than_an_epoch(documents: Documents) -> None:
     with loader(documents) as source:
-        size = 3 * source.sequences_per_epoch + 1
+        size = 3 * source.sequences_in(0) + 1
     with loader(documents, batch_size=size) as source:
         assert len(source.next_batch().tokens) == size
         assert source.position == LoaderPosition(3, 1)

@@ -1,7 +1,9 @@
 """Text to batches: readers, tokenizer, shards, packing, loader."""
 
+from pyper.data.batch import Batch
+from pyper.data.domain_weights import effective_tokens, epoch_documents
 from pyper.data.embedded import HarvestReport, harvest
-from pyper.data.loader import Batch, Loader, LoaderPosition
+from pyper.data.loader import Loader, LoaderPosition
 from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
 from pyper.data.packing import Packing
 from pyper.data.prepare import prepare
@@ -28,6 +30,8 @@ __all__ = [
     "SplitEntry",
     "TextTokenizer",
     "TokenData",
+    "effective_tokens",
+    "epoch_documents",
     "harvest",
     "prepare",
     "read_documents",

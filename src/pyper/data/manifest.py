@@ -4,9 +4,16 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from pyper.data.sources import Split
 from pyper.errors import DataError
@@ -28,12 +35,27 @@ class FileEntry(_Entry):
 
 
 class ShardEntry(_Entry):
-    """Two files: the tokens one after the other, and where each document starts."""
+    """Two files: the tokens one after the other, and where each document starts.
+
+    A third one, where some tokens are not learned from: a byte for each token, its weight.
+    """
 
     documents: int
     tokens: int
     tokens_file: FileEntry
     documents_file: FileEntry
+    weights_file: FileEntry | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A shard without weights is written, and hashed, as before there were any."""
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if k != "weights_file" or v is not None}
+
+    def files(self) -> list[FileEntry]:
+        """All files of the shard."""
+        weights = [] if self.weights_file is None else [self.weights_file]
+        return [self.tokens_file, self.documents_file, *weights]
 
 
 class SplitEntry(_Entry):
@@ -90,7 +112,7 @@ class DataManifest(_Entry):
         shards = [s for splits in self.domains.values() for e in splits.values() for s in e.shards]
         return [
             self.tokenizer_file,
-            *(file for shard in shards for file in (shard.tokens_file, shard.documents_file)),
+            *(file for shard in shards for file in shard.files()),
         ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyper.data.shards import Documents
+from pyper.data.shards import Documents, Tokens
 from pyper.errors import DataError
 
 _MANY_PIECES = 64
@@ -47,7 +47,7 @@ class Packing:
                 f"little for one sequence of {seq_len:,} tokens",
                 hint="add text, or lower `seq_len`",
             )
-        self._shards = documents.shards
+        self._shards, self._weights = documents.shards, documents.weights
         self._lay_out(documents, random_seed, epoch, shuffle)
 
     def _lay_out(self, documents: Documents, random_seed: int, epoch: int, shuffle: bool) -> None:
@@ -69,31 +69,62 @@ class Packing:
 
     def sequences(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """The windows at `indices`, (B, seq_len + 1). Raises IndexError for one out of range."""
+        starts = self._starts(indices)
+        out = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
+        for row, start in zip(out, starts, strict=True):
+            self._fill(row, start, self._shards)
+        return out
+
+    def weights(
+        self, indices: Sequence[int] | NDArray[np.integer[Any]]
+    ) -> NDArray[np.uint8] | None:
+        """Weights (B, seq_len) of the targets of the windows at `indices`: 1 to learn from, or 0.
+
+        None where all documents are learned from. Raises IndexError for a window out of range.
+        """
+        if self._weights is None:
+            return None
+        starts = self._starts(indices)
+        out = np.empty((len(starts), self.seq_len + 1), dtype=np.uint8)
+        for row, start in zip(out, starts, strict=True):
+            self._fill(row, start, self._weights)
+            # A `bos` ends the document before it: whoever learns its last token learns to stop.
+            first, last = self._documents(start, start + len(row))
+            ends = self._first[first + 1 : last] - start
+            row[ends] = row[ends - 1]
+        return out[:, 1:]
+
+    def _starts(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> list[int]:
+        """Where each window starts in the stream."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.n_sequences:
             raise IndexError(f"there are {self.n_sequences:,} sequences")
         if self._windows is not None:
             wanted = self._windows[wanted]
-        out = np.empty((len(wanted), self.seq_len + 1), dtype=np.int64)
-        for row, start in zip(out, (wanted * self.seq_len).tolist(), strict=True):
-            self._fill(row, start)
-        return out
+        starts: list[int] = (wanted * self.seq_len).tolist()
+        return starts
 
-    def _fill(self, row: NDArray[np.int64], start: int) -> None:
-        """Write the stream's tokens from `start` into `row`."""
-        stop = start + len(row)
+    def _documents(self, start: int, stop: int) -> tuple[int, int]:
+        """The first document of a stretch of the stream, and the one after its last."""
         first = int(self._first.searchsorted(start, side="right")) - 1
-        last = int(self._first.searchsorted(stop, side="left"))
+        return first, int(self._first.searchsorted(stop, side="left"))
+
+    def _fill(self, row: NDArray[Any], start: int, shards: Sequence[Tokens]) -> None:
+        """Write what `shards` hold for the stream's tokens from `start` into `row`."""
+        stop = start + len(row)
+        first, last = self._documents(start, stop)
         if last - first > _MANY_PIECES:
-            self._fill_by_token(row, start, first, last)
+            self._fill_by_token(row, start, first, last, shards)
             return
         bounds = np.concatenate([[start], self._first[first + 1 : last], [stop]])
         shifts = self._shift[first:last]
         begins, ends = (bounds[:-1] + shifts).tolist(), (bounds[1:] + shifts).tolist()
         pieces = zip(self._shard[first:last].tolist(), begins, ends, strict=True)
-        np.concatenate([self._shards[shard][a:b] for shard, a, b in pieces], out=row)
+        np.concatenate([shards[shard][a:b] for shard, a, b in pieces], out=row)
 
-    def _fill_by_token(self, row: NDArray[np.int64], start: int, first: int, last: int) -> None:
+    def _fill_by_token(
+        self, row: NDArray[Any], start: int, first: int, last: int, shards: Sequence[Tokens]
+    ) -> None:
         """The same for many short documents: one look-up for each shard, not each document."""
         bounds = np.concatenate([[start], self._first[first + 1 : last], [start + len(row)]])
         piece = np.repeat(np.arange(first, last), np.diff(bounds))  # document of each token
@@ -101,7 +132,7 @@ class Packing:
         shard = self._shard[piece]
         for number in np.unique(self._shard[first:last]):
             here = shard == number
-            row[here] = self._shards[number][source[here]]
+            row[here] = shards[number][source[here]]
 
 
 def permutation(n: int, random_seed: int, epoch: int, *, purpose: int) -> NDArray[np.int64]:
@@ -113,3 +144,9 @@ def permutation(n: int, random_seed: int, epoch: int, *, purpose: int) -> NDArra
     key = np.array([random_seed % 2**64, epoch * 2 + purpose], dtype=np.uint64)
     order: NDArray[np.int64] = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
     return order
+
+
+def fixed_permutation(n: int, random_seed: int, number: int) -> NDArray[np.int64]:
+    """A shuffled order of n things, another one for each `number`, that no epoch changes."""
+    # Counted from the end: no epoch has these keys.
+    return permutation(n, random_seed, 0, purpose=2**64 - 1 - number)

@@ -2,11 +2,15 @@
 
 A shard is a raw little-endian file of tokens, `<split>/<domain>-000.tokens`, each document as
 `bos` and its tokens; `<split>/<domain>-000.documents.npy` holds int64 (n_documents + 1, 2): where
-each document starts, in tokens and in bytes of its text.
+each document starts, in tokens and in bytes of its text. Where a shard holds tokens that are not
+learned from (what a user says in a chat), `<split>/<domain>-000.weights` holds a byte for each
+token, 0 or 1. A document is ended by the `bos` of the next one, which therefore has the weight of
+the token before it; what is written for `bos` itself does not count.
 """
 
 import hashlib
 import os
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +34,8 @@ from pyper.errors import DataError
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
-_BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20
+"""Of one writer; hundreds of writers at once should be given less each."""
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -45,29 +50,55 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, split: Split, domain: str, *, dtype: str, bos_id: int, shard_tokens: int
+        self,
+        folder: Path,
+        split: Split,
+        domain: str,
+        *,
+        dtype: str,
+        bos_id: int,
+        shard_tokens: int,
+        buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         self._folder, self._prefix = folder, folder / split / domain
         self._dtype, self._shard_tokens = np.dtype(dtype).newbyteorder("<"), shard_tokens
         self._bos = np.array([bos_id], dtype=self._dtype).tobytes()
-        self._buffer = bytearray()
-        self._bounds = [(0, 0)]
+        self._buffer, self._buffer_bytes = bytearray(), buffer_bytes
+        self._weights = bytearray()
+        self._tokens_weighed = 0  # in this shard, on disk or in `_weights`; 0 while all are 1
+        self._bounds = array("q", (0, 0))  # (token, byte) pairs: 16 bytes a document
         self._bytes = 0
         self._shards: list[ShardEntry] = []
 
-    def add(self, tokens: NDArray[np.uint32], n_bytes: int) -> None:
-        """Append a document: its tokens (T,) without `bos`, and the UTF-8 bytes of its text."""
+    def add(
+        self,
+        tokens: NDArray[np.uint32],
+        n_bytes: int,
+        weights: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Append a document: its tokens (T,) without `bos`, and the UTF-8 bytes of its text.
+
+        weights: (T,), 1 for the tokens to learn from and 0 for the others; None where all are.
+        """
         self._buffer += self._bos + tokens.astype(self._dtype).tobytes()
-        end, end_bytes = self._bounds[-1]
-        self._bounds.append((end + 1 + len(tokens), end_bytes + n_bytes))
-        if self._bounds[-1][0] >= self._shard_tokens:
+        end, end_bytes = self._bounds[-2:]
+        if weights is not None or self._tokens_weighed:
+            self._weigh(end, 1 + len(tokens), weights)
+        self._bounds.extend((end + 1 + len(tokens), end_bytes + n_bytes))
+        if self._bounds[-2] >= self._shard_tokens:
             self._finish_shard()
-        elif len(self._buffer) >= _BUFFER_BYTES:
+        elif len(self._buffer) >= self._buffer_bytes:
             self._flush()
+
+    def _weigh(self, end: int, n: int, weights: NDArray[np.uint8] | None) -> None:
+        """Weights of a document of `n` tokens, its `bos` first, that starts at `end`."""
+        self._weights += b"\1" * (end - self._tokens_weighed)  # of the documents before the first
+        self._weights += b"\1" * n if weights is None else b"\1" + weights.tobytes()
+        self._tokens_weighed = end + n
 
     def close(self) -> SplitEntry:
         """Finish the last shard; the entry for the manifest."""
-        if len(self._bounds) > 1:
+        if len(self._bounds) > 2:
             self._finish_shard()
         return SplitEntry(
             documents=sum(shard.documents for shard in self._shards),
@@ -78,32 +109,41 @@ class ShardWriter:
 
     def _flush(self, *, sync: bool = False) -> None:
         # Opened each time: hundreds of domains would be more files than a process may hold open.
-        path = self._path("tokens")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
-            stream.write(self._buffer)
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        self._buffer.clear()
+        _append(self._path("tokens"), self._buffer, sync=sync)
+        if self._tokens_weighed:
+            _append(self._path("weights"), self._weights, sync=sync)
 
     def _finish_shard(self) -> None:
         self._flush(sync=True)
-        np.save(self._path("documents.npy"), np.array(self._bounds, dtype="<i8"))
+        bounds = np.array(self._bounds, dtype="<i8").reshape(-1, 2)
+        np.save(self._path("documents.npy"), bounds)
+        weights = describe(self._path("weights"), self._folder) if self._tokens_weighed else None
         self._shards.append(
             ShardEntry(
-                documents=len(self._bounds) - 1,
-                tokens=self._bounds[-1][0],
+                documents=len(bounds) - 1,
+                tokens=int(bounds[-1, 0]),
                 tokens_file=describe(self._path("tokens"), self._folder),
                 documents_file=describe(self._path("documents.npy"), self._folder),
+                weights_file=weights,
             )
         )
-        self._bytes += self._bounds[-1][1]
-        self._bounds = [(0, 0)]
+        self._bytes += int(bounds[-1, 1])
+        self._bounds, self._tokens_weighed = array("q", (0, 0)), 0
 
     def _path(self, ending: str) -> Path:
         name = f"{self._prefix.name}-{len(self._shards):03d}.{ending}"
         return self._prefix.with_name(name)
+
+
+def _append(path: Path, buffer: bytearray, *, sync: bool) -> None:
+    """Move `buffer` to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as stream:
+        stream.write(buffer)
+        if sync:
+            stream.flush()
+            os.fsync(stream.fileno())
+    buffer.clear()
 
 
 class TokenData:
@@ -164,6 +204,7 @@ class Documents:
         n_bytes: int64 (n,), UTF-8 bytes of each document's text.
         domain_index: int16 (n,), index into `domains`.
         domains: names of all domains of the data folder.
+        weights: per shard, uint8 (tokens,), 1 for those to learn from; None where all of them are.
         fingerprint: equal for the same documents in the same order.
     """
 
@@ -179,8 +220,11 @@ class Documents:
         domains: Sequence[str],
         fingerprint: str,
         bos_id: int,
+        weights: Sequence[Tokens | None] = (),
     ) -> None:
         self.shards = shards
+        self._weights = weights
+        self.weights = _weights_or_none(shards, weights, shard_index)
         self.shard_index, self.starts = shard_index, starts
         self.lengths, self.n_bytes = lengths, n_bytes
         self.domain_index, self.domains = domain_index, list(domains)
@@ -224,7 +268,23 @@ class Documents:
             domains=self.domains,
             fingerprint=hashlib.sha256(key).hexdigest(),
             bos_id=self.bos_id,
+            weights=self._weights,
         )
+
+
+def _weights_or_none(
+    shards: Sequence[Tokens], weights: Sequence[Tokens | None], shard_index: NDArray[np.int32]
+) -> list[Tokens] | None:
+    """None too where only documents that were not chosen have any: plain text stays as fast."""
+    weighed = [i for i, own in enumerate(weights) if own is not None]
+    if not np.isin(shard_index, weighed).any():
+        return None
+    return [_ones(s) if own is None else own for s, own in zip(shards, weights, strict=True)]
+
+
+def _ones(shard: Tokens) -> Tokens:
+    """A weight of 1 for every token, without memory."""
+    return np.broadcast_to(np.uint8(1), len(shard))
 
 
 def _open_documents(
@@ -246,6 +306,7 @@ def _open_documents(
         domains=data.domains,
         fingerprint=fingerprint,
         bos_id=data.manifest.bos_id,
+        weights=[_map_weights(data.path, shard) for _, shard in shards],
     )
 
 
@@ -261,8 +322,16 @@ def _read_bounds(folder: Path, shard: ShardEntry) -> NDArray[np.int64]:
 
 
 def _map_tokens(folder: Path, shard: ShardEntry, dtype: str) -> Tokens:
-    mapped = np.memmap(
-        folder / shard.tokens_file.name, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"
-    )
+    return _map(folder / shard.tokens_file.name, np.dtype(dtype).newbyteorder("<"))
+
+
+def _map_weights(folder: Path, shard: ShardEntry) -> Tokens | None:
+    if shard.weights_file is None:
+        return None
+    return _map(folder / shard.weights_file.name, np.dtype(np.uint8))
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
+    mapped = np.memmap(path, dtype=dtype, mode="r")
     # A plain array over the same pages: slicing a memmap object costs microseconds.
     return np.asarray(mapped).view(np.ndarray)
