@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
-from pyper.kernels import paged_attention, paged_attention_torch
+from pyper.kernels import Turn, paged_attention, paged_attention_torch
 
 PAGE = 16
 # B, H, kv_heads, K, and the lengths of the texts with their new token
@@ -83,13 +83,92 @@ def test_the_kernel_matches_a_loop(
         compare(paged_attention, shape, lengths, dtype)
 
 
+def as_product(tensors: list[Tensor]) -> list[Tensor]:
+    """Query, key and value as one product writes them: parts of one row."""
+    query, key, value = tensors[:3]
+    row = torch.cat([t.flatten(1) for t in (query, key, value)], dim=1)
+    widths = [t.shape[1] * t.shape[2] for t in (query, key, value)]
+    parts = row.split(widths, dim=1)
+    return [
+        p.view(t.shape) if p.is_contiguous() else p.unflatten(1, t.shape[1:])
+        for p, t in zip(parts, (query, key, value), strict=True)
+    ] + tensors[3:]
+
+
+def turned_by_hand(x: Tensor, gain: Tensor | None, eps: float, positions: Tensor) -> Tensor:
+    """x (B, heads, K) normalised and turned, pair by pair, in float64."""
+    x, K = x.double(), x.shape[-1]
+    if gain is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain.double()
+    out = torch.empty_like(x)
+    for b, position in enumerate(positions.tolist()):
+        for i in range(K // 2):
+            angle = torch.tensor(position * 100.0 ** (-2 * i / K), dtype=torch.float64)
+            first, second = x[b, :, i], x[b, :, i + K // 2]
+            out[b, :, i] = first * angle.cos() - second * angle.sin()
+            out[b, :, i + K // 2] = second * angle.cos() + first * angle.sin()
+    return out
+
+
+def turn_of(K: int, longest: int, gains: tuple[Tensor, Tensor] | None) -> Turn:
+    frequencies = 100.0 ** (-2 * torch.arange(K // 2, dtype=torch.float64) / K)
+    angles = torch.arange(longest)[:, None] * frequencies
+    cos = torch.cat((angles.cos(), angles.cos()), dim=1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=1)
+    return Turn(cos.float().to(DEVICE), sin.float().to(DEVICE), gains, 1e-5)
+
+
+def compare_turned(
+    function: object,
+    shape: tuple[int, ...],
+    lengths: list[int],
+    dtype: torch.dtype,
+    normed: bool,
+) -> None:
+    tensors, pages, positions = case(shape, lengths, dtype)
+    K = shape[-1]
+    gains = tuple(1 + 0.3 * random(K, seed=9 + i, dtype=dtype) for i in range(2))
+    by_hand = list(tensors)
+    for i in range(2):
+        gain = gains[i] if normed else None
+        by_hand[i] = turned_by_hand(tensors[i], gain, 1e-5, positions)
+    expected, keys, values = naive(by_hand, pages, positions)
+    tensors = as_product(tensors)
+    turn = turn_of(K, max(lengths), gains if normed else None)
+    got = function(*tensors, pages, positions, PAGE, turn)
+    assert error(got, expected) < 1.5 * limit(dtype)  # keys are rounded as well
+    assert error(tensors[3], keys) < limit(dtype)
+    assert torch.equal(tensors[4].double(), values)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "lengths"), SHAPES[2:5])
+def test_the_twin_turns_heads_as_by_hand(
+    shape: tuple[int, ...], lengths: list[int], dtype: torch.dtype, normed: bool
+) -> None:
+    compare_turned(paged_attention_torch, shape, lengths, dtype, normed)
+
+
+@needs_triton
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "lengths"), SHAPES[2:5])
+def test_the_kernel_turns_heads_as_by_hand(
+    shape: tuple[int, ...], lengths: list[int], dtype: torch.dtype, normed: bool
+) -> None:
+    with kernels(), poisoned():
+        compare_turned(paged_attention, shape, lengths, dtype, normed)
+
+
 @needs_triton
 def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     """Shapes and types of the output; keys and values change, nothing else."""
     tensors, pages, positions = case((2, 4, 2, 16), [3, 17], torch.float32)
     module = importlib.import_module("pyper.kernels.paged_attention")
     with kernels():
-        torch.library.opcheck(module._paged_attention_op, (*tensors, pages, positions, PAGE))
+        given = (*tensors, pages, positions, PAGE, None, None, None, None, 0.0)
+        torch.library.opcheck(module._paged_attention_op, given)
 
 
 BUILD = """
@@ -108,9 +187,11 @@ def build(kernel, types, constants, warps):
     target = GPUTarget("cuda", 90, 32)
     return triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
 
-sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32"}
-numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "pages_stride": "i32", "scale": "fp32"}
+sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 1, "BLOCK_S": 64, "BLOCK_K": 128}
+shape |= {"HAS_TURN": True, "HAS_NORM": True}
 assert "ld.global.v4" in build(module._attend_part, sums | numbers, shape, 4)
 build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128}, 2)
 """

@@ -17,7 +17,7 @@ from pyper.kernels.expert_choice import (
 from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
 from pyper.kernels.multi_tensor import TableCache
-from pyper.kernels.paged_attention import paged_attention, paged_attention_torch
+from pyper.kernels.paged_attention import Turn, paged_attention, paged_attention_torch
 from pyper.kernels.rounding import join_weight, split_weight
 from pyper.kernels.router import router_gates, router_gates_torch
 from pyper.kernels.rows import combine_rows, combine_rows_torch, gather_rows, gather_rows_torch
@@ -33,6 +33,7 @@ __all__ = [
     "Moment",
     "TableCache",
     "ThinWeight",
+    "Turn",
     "activate",
     "activate_rows",
     "activate_rows_torch",

@@ -2,7 +2,10 @@
 
 The past is cut into parts that are read side by side (split-KV, "Flash-Decoding"): one text with
 16 heads would otherwise keep 16 of a GPU's hundred processors busy. Only what a text has is read.
+Queries and keys may come as the product wrote them: QK-norm and RoPE are done where they are read.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,19 @@ if launch.HAS_TRITON:
 _PROGRAMS, _MOST_PARTS = 512, 16
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What happens to queries and keys before they meet: QK-norm, if any, then RoPE."""
+
+    cos: Tensor
+    """(S, K) float32, of every position."""
+    sin: Tensor
+    """(S, K) float32, that of the first half negative."""
+    gains: tuple[Tensor, Tensor] | None = None
+    """Of the norms of queries and keys, (K,) each."""
+    eps: float = 0.0
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -28,16 +44,24 @@ def paged_attention(
     pages: Tensor,
     positions: Tensor,
     page_tokens: int,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Store key and value (B, kv_heads, K) of one token per text; what query (B, H, K) reads.
 
-    keys, values: (n_slots, kv_heads, K), changed in place. pages: (B, n_pages) int64, those of each
-    text in order, `page_tokens` slots each; positions: (B,) int64, of the tokens in their texts.
-    The softmax is in float32. Returns (B, H, K) in the type of the query.
+    The three may be parts of wider rows, heads side by side. keys, values: (n_slots, kv_heads, K),
+    changed in place. pages: (B, n_pages) int64, those of each text in order, `page_tokens` slots
+    each; positions: (B,) int64, of the tokens in their texts. turn: None where query and key are
+    turned already. The softmax is in float32. Returns (B, H, K) in the type of the query.
     """
     if not launch.runs_triton(query):
-        return paged_attention_torch(query, key, value, keys, values, pages, positions, page_tokens)
-    return _paged_attention_op(query, key, value, keys, values, pages, positions, page_tokens)
+        return paged_attention_torch(
+            query, key, value, keys, values, pages, positions, page_tokens, turn
+        )
+    cos, sin = (turn.cos, turn.sin) if turn else (None, None)
+    gains, eps = (turn.gains or (None, None), turn.eps) if turn else ((None, None), 0.0)
+    return _paged_attention_op(
+        query, key, value, keys, values, pages, positions, page_tokens, cos, sin, *gains, eps
+    )
 
 
 def paged_attention_torch(
@@ -49,8 +73,12 @@ def paged_attention_torch(
     pages: Tensor,
     positions: Tensor,
     page_tokens: int,
+    turn: Turn | None = None,
 ) -> Tensor:
     """The twin of `paged_attention`, in plain torch."""
+    if turn is not None:
+        query = _turned_torch(query, turn, positions, 0)
+        key = _turned_torch(key, turn, positions, 1)
     page = pages.gather(1, positions[:, None] // page_tokens).squeeze(1)
     slot = page * page_tokens + positions % page_tokens
     keys.index_copy_(0, slot, key)
@@ -68,6 +96,15 @@ def paged_attention_torch(
     return out.squeeze(2)
 
 
+def _turned_torch(x: Tensor, turn: Turn, positions: Tensor, which: int) -> Tensor:
+    """Queries (0) or keys (1), (B, heads, K), normalised and turned."""
+    if turn.gains is not None:
+        x = F.rms_norm(x, (x.shape[-1],), turn.gains[which], turn.eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = turn.cos[positions].unsqueeze(1), turn.sin[positions].unsqueeze(1)
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
 @torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values"))
 def _paged_attention_op(
     query: Tensor,
@@ -78,19 +115,27 @@ def _paged_attention_op(
     pages: Tensor,
     positions: Tensor,
     page_tokens: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """All but `pages` contiguous."""
+    """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
     block_g = block_of(groups, 1 << 20)
     n_parts = block_of(max(_PROGRAMS // (B * n_kv_heads), 1), _MOST_PARTS)
-    out = torch.empty_like(query)
+    out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
     log_sum = query.new_empty(shape, dtype=torch.float32)
     _attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum),
-        *(pages.stride(0), K**-0.5),
+        *(cos, sin, query_gain, key_gain),
+        *(query.stride(0), key.stride(0), value.stride(0), pages.stride(0), K**-0.5, eps),
+        HAS_TURN=cos is not None,
+        HAS_NORM=query_gain is not None,
         K=K,
         GROUPS=groups,
         PAGE=page_tokens,
@@ -114,11 +159,47 @@ def _(
     pages: Tensor,
     positions: Tensor,
     page_tokens: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)
 
 
 if launch.HAS_TRITON:
+
+    @triton.jit
+    def _read_heads(
+        x_ptr,
+        at,
+        d,
+        inside,
+        gain_ptr,
+        cos_ptr,
+        sin_ptr,
+        position,
+        eps,
+        K: tl.constexpr,
+        HAS_TURN: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+    ):
+        """Rows (R, BLOCK_K) that begin at `at` (R,), normalised and turned, in float32."""
+        x = tl.load(x_ptr + at[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if HAS_TURN:
+            half = (d + K // 2) % K  # the other number of the pair
+            pair = tl.load(x_ptr + at[:, None] + half[None, :], mask=inside, other=0.0)
+            pair = pair.to(tl.float32)
+            if HAS_NORM:
+                scale = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)[:, None]
+                x *= scale * tl.load(gain_ptr + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
+                gain = tl.load(gain_ptr + half, mask=d < K, other=0.0).to(tl.float32)
+                pair *= scale * gain[None, :]
+            cos = tl.load(cos_ptr + position * K + d, mask=d < K, other=0.0)
+            sin = tl.load(sin_ptr + position * K + d, mask=d < K, other=0.0)
+            x = x * cos[None, :] + pair * sin[None, :]
+        return x
 
     @triton.jit
     def _attend_part(
@@ -131,8 +212,18 @@ if launch.HAS_TRITON:
         positions_ptr,
         part_ptr,
         log_sum_ptr,
+        cos_ptr,
+        sin_ptr,
+        query_gain_ptr,
+        key_gain_ptr,
+        query_stride,
+        key_stride,
+        value_stride,
         pages_stride,
         scale,
+        eps,
+        HAS_TURN: tl.constexpr,
+        HAS_NORM: tl.constexpr,
         K: tl.constexpr,
         GROUPS: tl.constexpr,
         PAGE: tl.constexpr,
@@ -150,11 +241,19 @@ if launch.HAS_TRITON:
         end = tl.minimum(start + per_part, position + 1)
         row = (b * n_kv_heads + h) * GROUPS + g  # of the queries, in (B · H)
         in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
-        query = tl.load(query_ptr + row[:, None] * K + d[None, :], mask=in_query, other=0.0)
-        query = query.to(tl.float32) * scale
-        at_new = (b * n_kv_heads + h) * K + d
-        new_key = tl.load(key_ptr + at_new, mask=d < K, other=0.0)
-        new_value = tl.load(value_ptr + at_new, mask=d < K, other=0.0)
+        at_query = b * query_stride + (h * GROUPS + g) * K
+        query = scale * _read_heads(
+            *(query_ptr, at_query, d, in_query, query_gain_ptr, cos_ptr, sin_ptr, position, eps),
+            *(K, HAS_TURN, HAS_NORM),
+        )
+        at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
+        new_key = _read_heads(
+            *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr, position, eps),
+            *(K, HAS_TURN, HAS_NORM),
+        )
+        new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
+        at_value = b * value_stride + h * K + d
+        new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0)
         highest = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_G,), dtype=tl.float32)
         mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
