@@ -62,7 +62,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
 def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         run_of(data={"zzz": 1})
-    assert caught.value.hint == "known: path, seq_len, loader_workers"
+    assert caught.value.hint == "known: path, seq_len, loader_workers, weights"
 
 
 @pytest.mark.parametrize(

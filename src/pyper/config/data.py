@@ -1,11 +1,13 @@
 """`[data]`, and the settings of `pyper prepare`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pyper.config.base import Section
+
+Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
 class DataConfig(Section):
@@ -17,6 +19,9 @@ class DataConfig(Section):
     """Tokens per training sequence."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Threads that read ahead; the batches are the same for any number."""
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """How often an epoch sees a domain, by its name: `{ law = 2.0, novels = 0.5 }` reads law twice
+    and a different half of the novels each time. 1.0 where a domain is not named."""
 
 
 class PrepareConfig(Section):

@@ -20,7 +20,7 @@ _NOT_IN_TOKEN_MIXTURES = (
 
 
 # Which optional keys each kind of scaling reads.
-_SCALING_KEYS: dict[str, tuple[str, ...]] = {
+SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "ntk": (),
     "yarn": (
@@ -75,7 +75,7 @@ class RopeScaling(Section):
 
     @model_validator(mode="after")
     def _keys_go_with_the_kind(self) -> "RopeScaling":
-        known = {"kind", "factor", "original_seq_len", *_SCALING_KEYS[self.kind]}
+        known = {"kind", "factor", "original_seq_len", *SCALING_KEYS[self.kind]}
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         for key in self.model_fields_set - known:
             if getattr(self, key) != defaults[key]:

@@ -98,7 +98,13 @@ def parse_run(values: dict[str, Any]) -> RunConfig:
 
 def _check_expert(expert: dict[str, Any]) -> None:
     """The training keys of one `[[expert]]`, on their own, so that a message names them."""
-    own = {key: value for key, value in expert.items() if key not in ("name", "index", "train")}
+    if isinstance(expert.get("weights"), dict):
+        raise ConfigError(
+            "`expert.weights` says how the numbers of a model are kept",
+            hint=f"to weigh domains for one expert: `data.weights = {_toml(expert['weights'])}`",
+        )
+    beside = ("name", "index", "data", "train")
+    own = {key: value for key, value in expert.items() if key not in beside}
     own |= expert.get("train", {})
     budget = {} if own.keys() & {"epochs", "tokens", "steps"} else {"epochs": 1}
     try:
@@ -106,6 +112,10 @@ def _check_expert(expert: dict[str, Any]) -> None:
     except ConfigError as error:
         message = error.message.replace("`", "`expert.", 1)
         raise ConfigError(message, hint=error.hint) from None
+
+
+def _toml(weights: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{name} = {weight}" for name, weight in weights.items()) + " }"
 
 
 def validate(model: type[Model], values: dict[str, Any]) -> Model:

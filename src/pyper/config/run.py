@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pyper.config.base import Section
-from pyper.config.data import DataConfig
+from pyper.config.data import DataConfig, Weight
 from pyper.config.expert import ExpertConfig
 from pyper.config.mixture import EvaluateConfig, MixtureConfig
 from pyper.config.train import TrainConfig
@@ -40,21 +40,30 @@ class TrackConfig(Section):
     """Project name; needs the `track` extra."""
 
 
+class ExpertData(Section):
+    """`data` of an `[[expert]]`: what it reads differently."""
+
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """In place of those of `[data]`."""
+
+
 class ExpertOverride(Section):
-    """`[[expert]]`: what differs for one expert. Any key of `[train]`, and its own budget."""
+    """`[[expert]]`: what differs for one expert. Any key of `[train]`, its own budget, and
+    `data.weights`."""
 
     name: str | None = None
     """The domain (`assign = "folder"`), or a name for the expert at `index`."""
     index: int | None = Field(default=None, ge=0)
+    data: ExpertData | None = None
     train: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, raw: Any) -> Any:
-        """Keys beside `name` and `index` are training settings, checked against `[train]`."""
+        """Keys beside these three are training settings, checked against `[train]`."""
         if not isinstance(raw, dict) or "train" in raw:
             return raw
-        own = {key: raw[key] for key in ("name", "index") if key in raw}
+        own = {key: raw[key] for key in ("name", "index", "data") if key in raw}
         return own | {"train": {key: value for key, value in raw.items() if key not in own}}
 
     @model_validator(mode="after")
@@ -147,6 +156,12 @@ class RunConfig(Section):
         """`[train]` with what one `[[expert]]` changes."""
         override = self.override_of(index, name)
         return self.train if override is None else merge_train(self.train, override)
+
+    def domain_weights(self, index: int, name: str | None = None) -> dict[str, float]:
+        """How often one expert sees each domain: its own `data.weights`, or else the run's."""
+        override = self.override_of(index, name)
+        own = None if override is None else override.data
+        return self.data.weights if own is None else own.weights
 
     def has_own_budget(self, index: int, name: str | None = None) -> bool:
         """Whether an `[[expert]]` says how long it trains on its own data."""

@@ -32,10 +32,14 @@ class Scores:
     random_shards: Tensor | None
     """(N, T, E), experts trained on random shards."""
     bytes_per_token: float
+    weights: Tensor | None = None
+    """(N, T), 1 for the predictions that count, else 0; None where all do."""
 
     @property
     def n_tokens(self) -> int:
-        """Predictions."""
+        """Predictions that count."""
+        if self.weights is not None:
+            return int(self.weights.sum())
         return self.experts.shape[0] * self.experts.shape[1]
 
 
@@ -72,6 +76,7 @@ def score_held_out(
                 None if control is None else token_losses(control, h.tokens),
                 torch.stack([s[i] for s in shards], dim=-1) if shards else None,
                 h.bytes_per_token,
+                h.weights,
             )
         )
     return scores
@@ -85,7 +90,7 @@ def _router_scores(mixture: Mixture, held_out: HeldOut) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per-token losses (N, T) of every arm of one domain."""
+    """Per-token losses (N, T) of every arm of one domain; 0 where a prediction does not count."""
 
     control: Tensor | None
     experts: Tensor
@@ -99,6 +104,8 @@ class Rows:
     """(N,), experts of the middle prefix."""
     entropy: Tensor
     """(N, T), of the posterior, nats."""
+    weights: Tensor
+    """(N, T), 1 for the predictions that count, else 0."""
 
 
 def losses_of_modes(
@@ -113,9 +120,11 @@ def losses_of_modes(
     n_experts = own.shape[-1]
     middle = prefixes[len(prefixes) // 2]
     posterior = posterior_log_weights(own, temperature=temperature)
+    counts = torch.ones(own.shape[:2]) if scores.weights is None else scores.weights
+    # All tokens are read, and routed by; only those that count are scored.
 
     def mixed(log_weights: Tensor) -> Tensor:
-        return -mix_log_probs(log_weights, own)
+        return -mix_log_probs(log_weights, own) * counts
 
     def routed(n: int, price: Tensor | None = None) -> Tensor:
         return mixed(
@@ -124,11 +133,11 @@ def losses_of_modes(
             )
         )
 
-    best = own.sum(dim=1).argmax(dim=-1)
+    best = (own * counts[..., None]).sum(dim=1).argmax(dim=-1)
     top = {"top1": 1, "top2": min(2, n_experts), "all": n_experts}
     return Rows(
-        control=scores.control,
-        experts=-own,
+        control=None if scores.control is None else scores.control * counts,
+        experts=-own * counts[..., None],
         oracle=mixed(one_expert(best[:, None].expand(own.shape[:2]), own)),
         routed={n: routed(n) for n in prefixes},
         routed_with_prices=None if prices is None else routed(middle, prices),
@@ -136,17 +145,18 @@ def losses_of_modes(
             name: mixed(posterior_rule(own, temperature=temperature, top_k=k))
             for name, k in top.items()
         },
-        random_shards=_uniform(scores.random_shards),
+        random_shards=_uniform(scores.random_shards, counts),
         chosen=route_prefix(read, middle),
-        entropy=-(posterior.exp() * posterior).nan_to_num().sum(dim=-1),
+        entropy=-(posterior.exp() * posterior).nan_to_num().sum(dim=-1) * counts,
+        weights=counts,
     )
 
 
-def _uniform(log_probs: Tensor | None) -> Tensor | None:
+def _uniform(log_probs: Tensor | None, counts: Tensor) -> Tensor | None:
     """Loss of the ensemble of equal weights."""
     if log_probs is None:
         return None
-    return -mix_log_probs(torch.zeros_like(log_probs).log_softmax(-1), log_probs)
+    return -mix_log_probs(torch.zeros_like(log_probs).log_softmax(-1), log_probs) * counts
 
 
 def fit_temperature(scores: Sequence[Scores], top_k: int) -> float:
@@ -156,14 +166,9 @@ def fit_temperature(scores: Sequence[Scores], top_k: int) -> float:
 
 
 def _posterior_loss(scores: Sequence[Scores], temperature: float, top_k: int) -> float:
-    total = sum(
-        float(
-            -mix_log_probs(
-                posterior_rule(s.experts, temperature=temperature, top_k=top_k), s.experts
-            )
-            .double()
-            .sum()
-        )
-        for s in scores
-    )
+    total = 0.0
+    for s in scores:
+        rule = posterior_rule(s.experts, temperature=temperature, top_k=top_k)
+        losses = -mix_log_probs(rule, s.experts).double()
+        total += float((losses if s.weights is None else losses * s.weights).sum())
     return total / sum(s.n_tokens for s in scores)

@@ -39,7 +39,7 @@ def evaluation_report(
         "perplexity": _derived(overall, math.exp),
         "temperature": temperature,
         "expert_names": list(experts),
-        "prefix_and_rest": _prefix_and_rest(rows, prefixes, n_tokens),
+        "prefix_and_rest": _prefix_and_rest(rows, prefixes),
         "by_domain": {
             s.domain: _summary([row], [s.n_tokens])
             | {"tokens": s.n_tokens, "load": _load([row], len(experts))}
@@ -65,7 +65,7 @@ def _summary(rows: Sequence[Rows], n_tokens: Sequence[int]) -> Result:
 
 
 def _mean(parts: Sequence[Tensor | None], n_tokens: Sequence[int]) -> float:
-    """Mean over tokens: every domain counts by its length."""
+    """Mean over the tokens that count: every domain by its number of them."""
     total = sum(float(part.double().sum()) for part in parts if part is not None)
     return round(total / sum(n_tokens), 5)
 
@@ -88,20 +88,18 @@ def _derived(overall: Result, convert: Callable[[float], float]) -> Result:
     return {k: None if v is None else round(convert(v), 5) for k, v in arms.items()}
 
 
-def _prefix_and_rest(
-    rows: Sequence[Rows], prefixes: Sequence[int], n_tokens: Sequence[int]
-) -> Result:
+def _prefix_and_rest(rows: Sequence[Rows], prefixes: Sequence[int]) -> Result:
     """Routed losses before (cold start) and after the decision, beside the control's."""
     result: Result = {}
     length = rows[0].oracle.shape[1]
-    windows = [n // length for n in n_tokens]
+    weights = [r.weights for r in rows]
     for n in prefixes:
         cut = min(n, length)
         parts = {"prefix": slice(0, cut), "rest": slice(cut, length)}
         result[str(n)] = {
             name: {
-                "routed": _part_mean([r.routed[n] for r in rows], part, windows),
-                "control": _part_mean([r.control for r in rows], part, windows),
+                "routed": _part_mean([r.routed[n] for r in rows], part, weights),
+                "control": _part_mean([r.control for r in rows], part, weights),
             }
             for name, part in parts.items()
         }
@@ -109,9 +107,10 @@ def _prefix_and_rest(
 
 
 def _part_mean(
-    losses: Sequence[Tensor | None], part: slice, windows: Sequence[int]
+    losses: Sequence[Tensor | None], part: slice, weights: Sequence[Tensor]
 ) -> float | None:
     cut = [loss[:, part] for loss in losses if loss is not None]
-    if len(cut) < len(losses) or cut[0].shape[1] == 0:
+    n_tokens = [int(w[:, part].sum()) for w in weights]
+    if len(cut) < len(losses) or sum(n_tokens) == 0:
         return None
-    return _mean(cut, [n * cut[0].shape[1] for n in windows])
+    return _mean(cut, n_tokens)

@@ -49,13 +49,18 @@ def _read(
     model: Transformer, held_out: Sequence[HeldOut], rule: Rule | None
 ) -> tuple[float, list[tuple[LayerStatistics, ...]]]:
     """Mean loss, and for each layer the statistics of every pass."""
-    total, n_scored = 0.0, 0
+    total = 0.0
     parts: list[list[LayerStatistics]] = []
     for windows in held_out:
-        for tokens in passes(windows.tokens, model):
+        counts = torch.ones(windows.tokens.shape)  # as wide, so that passes hold the same windows
+        if windows.weights is not None:
+            counts[:, 1:] = windows.weights
+        both = zip(passes(windows.tokens, model), passes(counts, model), strict=True)
+        for tokens, weights in both:
             reading = model.read(tokens[:, :-1], rule=rule)
             logits = model.head(reading.states).flatten(0, 1).float()
-            total += float(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum"))
-            n_scored += tokens[:, 1:].numel()
+            losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+            total += float((losses * weights[:, 1:].flatten()).sum())
             parts.append([routed.statistics for routed in reading.routed])
+    n_scored = sum(windows.n_scored for windows in held_out)
     return round(total / n_scored, 5), list(zip(*parts, strict=True))

@@ -21,7 +21,7 @@ from pyper.checkpoint import (
     write_tensors,
 )
 from pyper.checkpoint import write_json_atomically as write_json
-from pyper.data import SPLITS, Documents, Split
+from pyper.data import SPLITS, Documents, Split, effective_tokens
 from pyper.errors import CheckpointError, ConfigError, DataError
 from pyper.mixture import assign_documents, discover_unigram
 from pyper.nn import Transformer
@@ -52,10 +52,13 @@ class ExpertData:
         return everything.select(np.flatnonzero(self.expert[split] == expert))
 
     def train_tokens(self, context: Context) -> list[int]:
-        """Tokens of each expert's training documents."""
-        lengths = context.data.documents("train").lengths
-        tokens = np.bincount(self.expert["train"], weights=lengths, minlength=len(self.names))
-        return [int(n) for n in tokens]
+        """Tokens of an epoch of each expert, its `data.weights` counted in."""
+        return [
+            effective_tokens(
+                self.documents(context, "train", e), context.run.domain_weights(e, name)
+            )
+            for e, name in enumerate(self.names)
+        ]
 
 
 def assign(context: Context) -> ExpertData:

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from pyper.config import ExpertConfig, RunConfig, TrainConfig
+from pyper.config.load import nearest
 from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
 from pyper.stages.folder import RunFolder, open_run
@@ -57,6 +58,7 @@ def open_context(run: RunConfig, console: Console) -> Context:
 def resolve(run: RunConfig, data: TokenData) -> RunConfig:
     """Fill in what the data decides: vocabulary, context, the document token, experts by folder."""
     manifest = data.manifest
+    check_weights(run, data.domains)
     if run.model.vocab_size not in (0, manifest.vocab_size):
         raise TokenizerError(
             f"`model.vocab_size` is {run.model.vocab_size:,}, the tokenizer of {run.data.path} "
@@ -87,6 +89,17 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
         }
     )
     return run.model_copy(update={"model": model})
+
+
+def check_weights(run: RunConfig, domains: list[str]) -> None:
+    """Raises ConfigError for the weight of a domain that the data do not have."""
+    own = [(f"expert.{e.name or e.index}.data", e.data.weights) for e in run.expert if e.data]
+    for where, weights in [("data", run.data.weights), *own]:
+        for name in weights.keys() - set(domains):
+            raise ConfigError(
+                f"`{where}.weights`: there is no domain `{name}` in {run.data.path}",
+                hint=nearest(name, domains),
+            )
 
 
 def _as_started(run: RunConfig, start: ExpertConfig) -> ExpertConfig:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 from rich.console import Group
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
 from pyper.checkpoint import format_bytes
 from pyper.config import RunConfig
-from pyper.data import TokenData
+from pyper.data import TokenData, effective_tokens
 from pyper.errors import ConfigError, DataError
 from pyper.nn import count_parameters, train_flops_per_token
 from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
@@ -23,6 +25,7 @@ _USUAL_VOCABULARY = 32_768
 def plan(run: RunConfig) -> dict[str, Any]:
     """Parameters, FLOPs, memory, disk and, where the data are there, steps of a run."""
     steps: dict[str, int] | None = None
+    tokens_by_domain: dict[str, Any] = {}
     run = resolve_precision(run, pick_device(run.run.device))
     try:
         data = TokenData.open(run.data.path)
@@ -39,6 +42,7 @@ def plan(run: RunConfig) -> dict[str, Any]:
     else:
         run, note = resolve(run, data), ""
         steps = _steps(run, data)
+        tokens_by_domain = _domains(run, data)
     needs = _needs(run)
     if steps is not None:
         tokens = sum(steps.values()) * run.train.global_batch_tokens
@@ -47,6 +51,7 @@ def plan(run: RunConfig) -> dict[str, Any]:
         "run": run.model_dump(mode="json", exclude_none=True),
         "needs": needs,
         "steps": steps,
+        "domains": tokens_by_domain,
         "note": note,
     }
 
@@ -54,10 +59,21 @@ def plan(run: RunConfig) -> dict[str, Any]:
 def _steps(run: RunConfig, data: TokenData) -> dict[str, int]:
     """Steps by part, with the data divided equally (the assignment comes later)."""
     n = run.mixture.n_experts
-    share = data.documents("train").n_tokens // n
+    share = effective_tokens(data.documents("train"), run.data.weights) // n
     budget = plan_budget(run, [share] * n, [f"expert-{i}" for i in range(n)])
     parts = {"seed": budget.seed, "experts": sum(budget.experts)}
     return parts | ({"control": budget.control} if run.train.control else {})
+
+
+def _domains(run: RunConfig, data: TokenData) -> dict[str, Any]:
+    """Training tokens of each domain, its weight, and the tokens that an epoch reads of it."""
+    train = data.documents("train")
+    tokens = np.bincount(train.domain_index, weights=train.lengths, minlength=len(train.domains))
+    table = {}
+    for domain, n in zip(train.domains, tokens.tolist(), strict=True):
+        weight = run.data.weights.get(domain, 1.0)
+        table[domain] = {"tokens": int(n), "weight": weight, "effective": round(n * weight)}
+    return table
 
 
 def _needs(run: RunConfig) -> dict[str, Any]:
@@ -115,7 +131,18 @@ def needs_table(planned: dict[str, Any]) -> Table:
     else:
         table.add_row("steps", ", ".join(f"{k} {v:,}" for k, v in planned["steps"].items()))
         table.add_row("in all", f"{needs['train_flops']:.3g} FLOPs")
+    if any(d["weight"] != 1.0 for d in planned.get("domains", {}).values()):
+        _add_domains(table, planned["domains"])
     if step := planned.get("step"):
         table.add_row("one step", f"{step['flops']:.3g} FLOPs, {step['seconds']:.3g} s")
         table.add_row("speed", f"{step['tokens_per_second']:,.0f} tokens per second")
     return table
+
+
+def _add_domains(table: Table, domains: dict[str, Any]) -> None:
+    """What weights make of the data, in one epoch."""
+    total = sum(d["effective"] for d in domains.values())
+    table.add_row("an epoch", f"{total:,} tokens")
+    for name, d in domains.items():
+        told = f"{d['tokens']:,} tokens x {d['weight']:g} = {d['effective']:,}"
+        table.add_row(f"  {escape(name)}", told)

@@ -150,7 +150,10 @@ def _data_of(context: Context, assigned: ExpertData, unit: Unit) -> TrainingData
         valid = own if own.n_tokens > seq_len else valid
     elif unit.kind == "random-shard":
         train = _random_shard(context, train, unit.index)
-    return TrainingData(train, valid, seq_len, context.run.data.loader_workers)
+    weights = context.run.data.weights
+    if unit.kind == "expert":
+        weights = context.run.domain_weights(unit.index, assigned.names[unit.index])
+    return TrainingData(train, valid, seq_len, context.run.data.loader_workers, weights)
 
 
 def _random_shard(context: Context, documents: Documents, index: int) -> Documents:

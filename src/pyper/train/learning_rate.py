@@ -66,6 +66,7 @@ def _short_run(
         seq_len=data.seq_len,
         batch_size=config.global_batch_tokens // data.seq_len,
         random_seed=0,
+        domain_weights=data.domain_weights,
     )
     try:
         for step in range(_STEPS):

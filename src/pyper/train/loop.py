@@ -126,6 +126,7 @@ class _Trainer:
             batch_size=config.global_batch_tokens // data.seq_len,
             random_seed=plan.random_seed,
             workers=data.loader_workers,
+            domain_weights=data.domain_weights,
         )
         optimizer = ExpertOptimizer(model, config, plan.learning_rate, plan.random_seed)
         if plan.optimizer_state is not None:
