@@ -1,0 +1,84 @@
+"""A transformer with experts inside its layers, trained by Pyper, for `transformers`."""
+
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_pyper_sparse import PyperSparseConfig
+from .pyper_layers import Decoder, History, KeyValues
+
+
+class SparseCache(KeyValues):
+    """Keys, values and the tokens they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: History | None = None
+
+    def get_seq_length(self) -> int:
+        return 0 if self.history is None else self.history.tokens.shape[1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i goes on from row `beam_idx[i]`."""
+        self.select(beam_idx)
+        self.history = History(self.history.tokens[beam_idx], self.history.real[beam_idx])
+
+
+class PyperSparseForCausalLM(PreTrainedModel, GenerationMixin):
+    """Sparse layers route by thresholds (or token choice), so logits are causal."""
+
+    config_class = PyperSparseConfig
+    _keep_in_fp32_modules_strict: ClassVar = {"state"}
+    _is_stateful = True  # the cache cannot go back: no assisted decoding
+
+    def __init__(self, config: PyperSparseConfig) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(config.shape)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: SparseCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of input_ids (B, T), which follow what the cache holds.
+
+        Each row is one text; padding (on either side) is where the attention mask is 0.
+        """
+        cache = SparseCache() if use_cache and past_key_values is None else past_key_values
+        history = History.of(input_ids, attention_mask, cache and cache.history)
+        states = self.decoder.states(history, input_ids.shape[1], cache)
+        if cache is not None:
+            cache.history = history
+        logits = self.decoder.logits(states[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return out if return_dict else out.to_tuple()
+
+    def get_input_embeddings(self):
+        return self.decoder.embedding
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, read:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache", True),
+            "logits_to_keep": 1,
+        }
