@@ -1,7 +1,7 @@
 """`pyper evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,13 +9,40 @@ from pyper.cli.output import JsonOption, SetOption, print_json, stderr, stdout
 
 
 def evaluate(
-    run_file: Annotated[Path, typer.Argument(help="Run file, or a run folder.")],
+    run_file: Annotated[
+        Path,
+        typer.Argument(help="Run file, or a run folder; with --tasks also a mixture or model."),
+    ],
     leak_probe: Annotated[
         bool,
         typer.Option(
             "--leak-probe", help="Test whether the routing of a sparse model sees the future."
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B.yaml",
+            help="Tasks of lm-evaluation-harness instead: names, or files of your own.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: documents of each (default: all).")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: examples before each question.")
+    ] = None,
+    mixing: Annotated[
+        str | None,
+        typer.Option(help="With --tasks: posterior, top1 or window instead of the saved mode."),
+    ] = None,
+    expert: Annotated[
+        str | None, typer.Option(help="With --tasks: one expert alone, its name or number.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: tokens read at a time (8192).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="With --tasks: cpu, cuda … (auto).")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -23,8 +50,29 @@ def evaluate(
 
     Example: `pyper evaluate runs/quickstart --set evaluate.tokens=100000`
 
+    `--tasks` measures a saved model with lm-evaluation-harness (`pip install 'pyper[eval]'`):
+    `pyper evaluate runs/quickstart --tasks arc_easy,my-task.yaml --limit 100`
+
     `--leak-probe` needs no data and no trained run: `pyper evaluate sparse --leak-probe`
     """
+    of_tasks = {
+        "limit": limit,
+        "fewshot": fewshot,
+        "mixing": mixing,
+        "expert": expert,
+        "batch_tokens": batch_tokens,
+        "device": device,
+    }
+    given = {name: value for name, value in of_tasks.items() if value is not None}
+    if tasks is not None:
+        if leak_probe or overrides:
+            other = "--leak-probe" if leak_probe else "--set"
+            raise typer.BadParameter(f"--tasks does not go with {other}")
+        _evaluate_tasks(run_file, tasks, given, as_json)
+        return
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise typer.BadParameter(f"--{option} goes with --tasks only")
     from pyper.config import load_run
 
     run = load_run(run_file, overrides or ())
@@ -46,3 +94,13 @@ def evaluate(
         print_json(report)
     else:
         stdout().print(results_table(report), domains_table(report))
+
+
+def _evaluate_tasks(model: Path, tasks: str, given: dict[str, Any], as_json: bool) -> None:
+    from pyper.stages.harness import HarnessOptions, evaluate_tasks, harness_table, split_names
+
+    result = evaluate_tasks(model, HarnessOptions(split_names(tasks), **given), stderr())
+    if as_json:
+        print_json(result)
+    else:
+        stdout().print(harness_table(result))
