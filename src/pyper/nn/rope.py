@@ -13,23 +13,30 @@ from pyper.config import RopeScaling
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> Tensor:
-    """Radians per position of each pair, (K/2,) float32; the scaling is already applied."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    if scaling is None:
-        frequencies = theta**-exponent
+    """Radians per position of each pair, (K/2,) float32; the scaling is already applied.
+
+    In float32 and in the order in which `transformers` computes them: models were trained with
+    those numbers, and a last bit more or less shows in the logits of late positions.
+    """
+    if scaling is not None and scaling.kind == "ntk":
+        theta = theta * scaling.factor ** (head_dim / (head_dim - 2))
+    wavelength = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    frequencies = 1.0 / wavelength
+    if scaling is None or scaling.kind == "ntk":
+        pass
     elif scaling.kind == "linear":
-        frequencies = theta**-exponent / scaling.factor
-    elif scaling.kind == "ntk":
-        frequencies = (theta * scaling.factor ** (head_dim / (head_dim - 2))) ** -exponent
+        frequencies = frequencies / scaling.factor
     elif scaling.kind == "yarn":
-        frequencies = _yarn(theta**-exponent, theta, head_dim, scaling)
+        kept = 1 - _yarn_share(theta, head_dim, scaling)
+        frequencies = 1.0 / (scaling.factor * wavelength) * (1 - kept) + frequencies * kept
     else:
-        frequencies = _llama3(theta**-exponent, scaling)
-    return frequencies.float().to(device)
+        frequencies = _llama3(frequencies, scaling)
+    return frequencies.to(device)
 
 
-def _yarn(frequencies: Tensor, theta: float, head_dim: int, scaling: RopeScaling) -> Tensor:
-    """Keep fast pairs, interpolate slow ones, blend between (arXiv:2309.00071, eq. 19–22)."""
+def _yarn_share(theta: float, head_dim: int, scaling: RopeScaling) -> Tensor:
+    """How far each pair (K/2,) is interpolated: fast ones not, slow ones wholly, those between
+    in part (arXiv:2309.00071, eq. 19–22)."""
 
     def pair_with(rotations: float) -> float:
         wavelength = scaling.original_seq_len / (rotations * 2 * math.pi)
@@ -40,17 +47,17 @@ def _yarn(frequencies: Tensor, theta: float, head_dim: int, scaling: RopeScaling
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low if high != low else 1e-3
-    pair = torch.arange(head_dim // 2, dtype=torch.float64)
-    interpolated = ((pair - low) / width).clamp(0, 1)
-    return frequencies * (1 - interpolated) + frequencies / scaling.factor * interpolated
+    return ((torch.arange(head_dim // 2).float() - low) / width).clamp(0, 1)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Interpolate pairs by their turns in the original length (Llama 3.1, arXiv:2407.21783)."""
-    turns = scaling.original_seq_len * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+    turns = scaling.original_seq_len / (2 * math.pi / frequencies)
+    kept = (turns - low) / (high - low)
+    between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
+    slow = torch.where(turns < low, frequencies / scaling.factor, between)
+    return torch.where(turns > high, frequencies, slow)
 
 
 def attention_scale(scaling: RopeScaling | None) -> float:
