@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,14 @@ from rich.table import Table
 from torch import Tensor
 
 from pyper.config import ExpertConfig
-from pyper.generate import BatchEngine, EngineLimits, Request, SamplingConfig, with_int8_weights
+from pyper.generate import (
+    BatchEngine,
+    EngineLimits,
+    Narrow,
+    Request,
+    SamplingConfig,
+    with_narrow_weights,
+)
 from pyper.generate.decode_step import after, before, last
 from pyper.mixture import Mixture, MixtureSettings
 from pyper.nn import PAGE_TOKENS, Transformer, init_weights
@@ -41,6 +48,7 @@ ROWS = [
     "Pyper compiled",
     "Pyper compiled, sampled",
     "Pyper compiled, int8",
+    "Pyper compiled, fp8",
     "Pyper compiled, two experts",
 ]
 GPU = torch.cuda.is_available()
@@ -120,8 +128,9 @@ def mixture_of(args: argparse.Namespace, n_experts: int) -> Mixture:
 
 def pyper_row(args: argparse.Namespace) -> dict[str, float]:
     mixture = mixture_of(args, 2 if args.row.endswith("two experts") else 1)
-    if args.row.endswith("int8"):
-        mixture = with_int8_weights(mixture)
+    for narrow in get_args(Narrow):
+        if args.row.endswith(narrow):
+            mixture = with_narrow_weights(mixture, narrow)
     room = args.batch * (args.context + PAGE_TOKENS) + shape_of(args).seq_len
     compiled = "compiled" in args.row
     limits = EngineLimits(args.batch, mixture.n_experts * room, 4096, compiled=compiled)
@@ -294,7 +303,7 @@ def weight_bytes(args: argparse.Namespace, row: str) -> float:
     with torch.device("meta"):
         model = Transformer(shape_of(args))
     count = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
-    width = 1 if "int8" in row else 2 if GPU else 4
+    width = 1 if row.endswith(get_args(Narrow)) else 2 if GPU else 4
     return count * width * (2 if "two experts" in row else 1)
 
 

@@ -9,7 +9,7 @@ from generate.test_batch_engine import ask
 from generate.test_writing_text import BYTES
 from mixture.small_mixtures import MODES, loaders_of, small_experts, small_router, small_settings
 from nn.small_experts import small_expert, text_of
-from pyper.generate import BatchEngine, EngineLimits, SamplingConfig, with_int8_weights
+from pyper.generate import BatchEngine, EngineLimits, Narrow, SamplingConfig, with_narrow_weights
 from pyper.generate.decode_step import DecodeStep
 from pyper.mixture import Mixture
 from pyper.nn import KVCache
@@ -47,10 +47,12 @@ def test_requests_get_what_they_get_on_a_cpu(mode: dict[str, Any], compiled: boo
     assert n_ahead > 3
 
 
+@pytest.mark.parametrize("narrow", ["int8", "fp8"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_eight_bit_experts_write_what_they_write_on_a_cpu(compiled: bool) -> None:
-    expected, _ = tokens_of(with_int8_weights(mixture_on("cpu")))
-    assert tokens_of(with_int8_weights(mixture_on("cuda")), compiled=compiled)[0] == expected
+def test_eight_bit_experts_write_what_they_write_on_a_cpu(compiled: bool, narrow: Narrow) -> None:
+    expected, _ = tokens_of(with_narrow_weights(mixture_on("cpu"), narrow))
+    got, _ = tokens_of(with_narrow_weights(mixture_on("cuda"), narrow), compiled=compiled)
+    assert got == expected
 
 
 @pytest.mark.parametrize("compiled", [False, True])

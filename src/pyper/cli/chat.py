@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,10 @@ def chat(
     resident: Annotated[
         int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
     ] = None,
+    weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
+    ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")
     ] = None,
@@ -55,7 +59,14 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=new_seed() if seed is None else seed,
     )
-    opened = open_model(model, expert=None, mixing=mixing, resident=resident, device=device)
+    opened = open_model(
+        model,
+        expert=None,
+        mixing=mixing,
+        resident=resident,
+        device=device,
+        narrow=weights,
+    )
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     chat_in_terminal(
         opened,

@@ -1,7 +1,7 @@
 """`pyper generate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,9 +34,10 @@ def generate(
     resident: Annotated[
         int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
     ] = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Eight-bit weights: half the memory, on a GPU faster.")
-    ] = False,
+    weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
+    ] = None,
     device: Annotated[str, typer.Option()] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +59,12 @@ def generate(
         seed=seed,
     )
     opened = open_model(
-        model, expert=expert, mixing=mixing, resident=resident, device=device, int8=int8
+        model,
+        expert=expert,
+        mixing=mixing,
+        resident=resident,
+        device=device,
+        narrow=weights,
     )
     prompts = prompt or [""]
     if as_json:

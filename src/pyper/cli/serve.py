@@ -1,7 +1,7 @@
 """`pyper serve`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,9 +54,10 @@ def serve(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
     ] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Eight-bit weights: half the memory, on a GPU faster.")
-    ] = False,
+    weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
+    ] = None,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface, with a page to chat at `/`.
@@ -89,6 +90,6 @@ def serve(
         mixing=mixing,
         resident=resident,
         device=device,
-        int8=int8,
+        narrow=weights,
         chat_template=chat_template,
     )

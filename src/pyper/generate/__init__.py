@@ -2,7 +2,7 @@
 
 from pyper.generate.batch_engine import BatchEngine
 from pyper.generate.engine import Completion, Piece, complete, encode_prompt, stream
-from pyper.generate.int8 import with_int8_weights
+from pyper.generate.narrow_weights import Narrow, with_narrow_weights
 from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw, filtered_probs
 from pyper.generate.speculation import Drafter, ModelDrafter, RepetitionDrafter
@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "ModelDrafter",
+    "Narrow",
     "Piece",
     "RepetitionDrafter",
     "Request",
@@ -28,5 +29,5 @@ __all__ = [
     "encode_prompt",
     "filtered_probs",
     "stream",
-    "with_int8_weights",
+    "with_narrow_weights",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pyper.errors import ConfigError, MissingExtraError
-from pyper.generate import EngineLimits
+from pyper.generate import EngineLimits, Narrow
 from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
 from pyper.stages.write import OpenModel, open_model
@@ -24,7 +24,7 @@ def serve_model(
     mixing: str | None,
     resident: int | None,
     device: str,
-    int8: bool = False,
+    narrow: Narrow | None = None,
     chat_template: Path | None,
 ) -> None:
     """Answer requests until a signal comes.
@@ -38,7 +38,7 @@ def serve_model(
 
     with listen(settings) as listening:
         model = open_model(
-            path, expert=None, mixing=mixing, resident=resident, device=device, int8=int8
+            path, expert=None, mixing=mixing, resident=resident, device=device, narrow=narrow
         )
         template = open_template(path, chat_template)
         _load_experts(model, resident)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pyper.data import TextTokenizer
 from pyper.errors import ConfigError
-from pyper.generate import SamplingConfig, complete, stream, with_int8_weights
+from pyper.generate import Narrow, SamplingConfig, complete, stream, with_narrow_weights
 from pyper.mixture import Mixture, MixtureSettings, load_mixture
 from pyper.stages.context import pick_device
 
@@ -53,15 +53,15 @@ def open_model(
     mixing: str | None,
     resident: int | None,
     device: str,
-    int8: bool = False,
+    narrow: Narrow | None = None,
 ) -> OpenModel:
-    """Open the mixture of a run; int8: with eight-bit weights.
+    """Open the mixture of a run; narrow: with eight-bit weights.
 
     Raises CheckpointError, ConfigError for an unknown expert.
     """
     mixture, tokenizer = load_mixture(path, device=pick_device(device), resident=resident)
-    if int8:
-        mixture = with_int8_weights(mixture)
+    if narrow is not None:
+        mixture = with_narrow_weights(mixture, narrow)
     if mixing is not None:
         mixture.settings = _with_mixing(mixture.settings, mixing)
     if expert is not None:
