@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pyper.data.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate, find_template
 from pyper.errors import ConfigError, PromptError
-from pyper.serve.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate, find_template
 from serve.small_server import KEY, Server
 
 MESSAGES = [

@@ -11,12 +11,12 @@ from types import FrameType
 import uvicorn
 
 from pyper.data import TextTokenizer
+from pyper.data.chat_template import ChatTemplate
 from pyper.errors import ConfigError
 from pyper.generate import BatchEngine, EngineLimits
 from pyper.mixture import Mixture
 from pyper.serve.api_error import shutting_down
 from pyper.serve.app import build_app
-from pyper.serve.chat_template import ChatTemplate
 from pyper.serve.engine_thread import EngineThread
 from pyper.serve.model_names import ModelNames
 from pyper.serve.protocol import protocol_with

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from pyper.data import TextTokenizer
+from pyper.data.chat_template import ChatTemplate
 from pyper.generate import Request, SamplingConfig
 from pyper.mixture import Mixture
 from pyper.serve.answers import Answer, ChatAnswer, CompletionAnswer, TokenNames, Usage
@@ -20,7 +21,6 @@ from pyper.serve.bodies import (
     EmbeddingBody,
     Sampling,
 )
-from pyper.serve.chat_template import ChatTemplate
 from pyper.serve.embeddings import embed, embedding_object
 from pyper.serve.engine_thread import EngineThread
 from pyper.serve.generation import Generation

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from pyper.data.chat_template import ChatTemplate
 from pyper.errors import PyperError
 from pyper.generate import BatchEngine, EngineLimits, Event, Request, SamplingConfig
-from pyper.serve.chat_template import ChatTemplate
 from pyper.serve.prompts import encode_text
 from pyper.stages.write import OpenModel, find_expert, legend, style_of, visible
 

@@ -1,0 +1,126 @@
+"""From the messages of a chat to one text, for the model to learn from or to go on from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyper.errors import ConfigError, MissingExtraError, PromptError
+
+MAX_TEMPLATE_CHARS = 64 << 10
+TEMPLATE_FILE = "chat_template.jinja"
+
+PLAIN_TEMPLATE = (
+    "{%- for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""For chats whose tokenizer brings no template. Its marks are text, as everything is."""
+
+
+class ChatTemplate:
+    """Messages as one text.
+
+    Without a template the texts of all messages follow each other, line by line: a model that was
+    trained on plain documents goes on from the last one. A Jinja template (the `chat_template` of
+    a `tokenizer_config.json`) runs in a sandbox: it sees the messages and nothing else.
+    """
+
+    def __init__(self, source: str | None) -> None:
+        """Raises ConfigError when the template cannot be read, MissingExtraError."""
+        self._template = None if source is None else _compile(source)
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """messages: with `role` and `content`. Raises PromptError when the template refuses.
+
+        add_generation_prompt: end with what an answer follows.
+        """
+        if self._template is None:
+            return "\n".join(m["content"] for m in messages if m["content"])
+        try:
+            text: str = self._template.render(
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token="",
+                eos_token="",
+                raise_exception=_refuse,
+            )
+        except PromptError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python can
+            raise PromptError(f"the chat template fails on these messages: {error}") from None
+        return text
+
+
+def read_template(file: Path) -> str:
+    """The template in a file. Raises ConfigError."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the chat template {file}: {getattr(error, 'strerror', None) or error}",
+            hint="it must be a UTF-8 text file",
+        ) from None
+
+
+def find_template(folder: Path) -> str | None:
+    """The template beside a mixture's tokenizer, if there is one. Raises ConfigError."""
+    alone, config = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    try:
+        if alone.is_file():
+            return alone.read_text(encoding="utf-8")
+        if config.is_file():
+            return _named(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the chat template of {folder} cannot be read: {error}",
+            hint=f"mend or delete {alone.name} or {config.name}",
+        ) from None
+    return None
+
+
+def _named(value: Any) -> str | None:
+    """Some models have several, by name: the one called `default`."""
+    if isinstance(value, list):
+        value = next((t.get("template") for t in value if t.get("name") == "default"), None)
+    return value if isinstance(value, str) else None
+
+
+def _compile(source: str) -> Any:
+    try:
+        from jinja2 import TemplateSyntaxError, nodes
+        from jinja2.ext import Extension
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise MissingExtraError("jinja2", extra="data", needed_for="a chat template") from None
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise ConfigError(
+            f"the chat template has {len(source):,} characters",
+            hint=f"templates may have {MAX_TEMPLATE_CHARS:,}",
+        )
+
+    class Generation(Extension):
+        """`{% generation %}` marks answers for other programs; what is inside it is text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        )
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not a Jinja template: {error}",
+            hint="mend `chat_template` in tokenizer_config.json",
+        ) from None
+
+
+def _refuse(message: str) -> None:
+    raise PromptError(f"the chat template refuses these messages: {message}")
