@@ -146,7 +146,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_lines_are_remembered(tmp_path:
     )  # fmt: skip
     os.close(theirs)
     try:
-        stop_an_answer(process, ours)
+        stop_an_answer(process, Terminal(ours))
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
@@ -155,40 +155,45 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_lines_are_remembered(tmp_path:
     assert (tmp_path / "pyper" / "chat-history").read_text().splitlines() == ["the fox"]
 
 
-def stop_an_answer(process: "subprocess.Popen[bytes]", terminal: int) -> None:
-    assert "4 experts: law, maths, novels, code" in until(terminal, "› ")
-    os.write(terminal, b"the fox\n")
-    until(terminal, "\x1b[3")  # coloured text
-    process.send_signal(signal.SIGINT)
-    shown = until(terminal, "/s\x1b[0m")
-    n_tokens = re.search(r"(\d+) tokens, ", shown)
+class Terminal:
+    """The other end of a terminal: what was shown is read once, in order."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self._unread = file, b""
+
+    def until(
+        self, wanted: str, again: Callable[[], object] = lambda: None, seconds: float = 30
+    ) -> str:
+        """What is shown up to `wanted`; `again` is done at first and after every silent second.
+
+        Python notices a Ctrl-C that falls between its prompt and its wait for a key at the next
+        key only; a person presses again.
+        """
+        deadline = time.monotonic() + seconds
+        again()
+        while wanted.encode() not in self._unread:
+            ready, _, _ = select.select([self.file], [], [], 1)
+            if ready:
+                self._unread += os.read(self.file, 4096)
+            else:
+                assert time.monotonic() < deadline, self._unread
+                again()
+        shown, found, self._unread = self._unread.partition(wanted.encode())
+        return (shown + found).decode(errors="replace")
+
+
+def stop_an_answer(process: "subprocess.Popen[bytes]", terminal: Terminal) -> None:
+    def press_ctrl_c() -> None:
+        process.send_signal(signal.SIGINT)
+
+    assert "4 experts: law, maths, novels, code" in terminal.until("› ")
+    os.write(terminal.file, b"the fox\n")
+    terminal.until("\x1b[3")  # coloured text
+    press_ctrl_c()
+    n_tokens = re.search(r"(\d+) tokens, ", terminal.until("/s\x1b[0m"))
     assert n_tokens is not None
     assert int(n_tokens[1]) < 1000
-    if "› " not in shown:
-        until(terminal, "› ")
-    shown = until(
-        terminal, "/quit or Ctrl-D leaves", again=lambda: process.send_signal(signal.SIGINT)
-    )
-    if "› " not in shown.split("leaves")[-1]:  # before its prompt, keys do not reach it yet
-        until(terminal, "› ")
-    os.write(terminal, b"\x04")
-
-
-def until(
-    terminal: int, wanted: str, again: Callable[[], object] = lambda: None, seconds: float = 30
-) -> str:
-    """Read until `wanted` was shown; `again` is done at first and whenever a second was silent.
-
-    Python notices a Ctrl-C that falls between its prompt and its wait for a key at the next key
-    only; a person presses again.
-    """
-    shown, deadline = b"", time.monotonic() + seconds
-    again()
-    while wanted.encode() not in shown:
-        ready, _, _ = select.select([terminal], [], [], 1)
-        if ready:
-            shown += os.read(terminal, 4096)
-        else:
-            assert time.monotonic() < deadline, shown
-            again()
-    return shown.decode(errors="replace")
+    terminal.until("› ")
+    terminal.until("/quit or Ctrl-D leaves", again=press_ctrl_c)
+    terminal.until("› ")  # before its prompt, keys do not reach it
+    os.write(terminal.file, b"\x04")
