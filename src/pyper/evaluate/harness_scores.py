@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyper.errors import PromptError
 from pyper.evaluate.harness_plan import Ask, Batch, batches_of
 from pyper.mixture import Mixture
 from pyper.mixture.mixing import mixing_log_weights
@@ -42,14 +43,24 @@ def score(
 
     greedy: also say whether continuations are what the mixture holds likeliest (costs the head once
     more). on_done: told after each batch how many questions it answered. Raises PromptError for
-    what is longer than the experts' context.
+    what is longer than the context.
     """
+    _check_lengths(asks, mixture.settings.seq_len)
     answers: dict[int, Answer] = {}
     for batch in batches_of(asks, batch_tokens):
         answers |= zip(batch.places, _answer(mixture, batch, greedy), strict=True)
         if on_done is not None:
             on_done(len(batch.places))
     return [answers[place] for place in range(len(asks))]
+
+
+def _check_lengths(asks: Sequence[Ask], context: int) -> None:
+    longest = max((len(ask.read) for ask in asks), default=0)
+    if longest > context:
+        raise PromptError(
+            f"{longest:,} tokens do not fit the context of {context:,}",
+            hint="cut them into `rolling_windows`, or leave out their beginning",
+        )
 
 
 @torch.no_grad()

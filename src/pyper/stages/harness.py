@@ -136,7 +136,7 @@ def _read_task(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"there is no task file {file}", hint=_LOCAL)
     task = load_yaml(file, resolve_func=True)
-    if not isinstance(task, dict) or "task" not in task:
+    if "task" not in task:
         raise ConfigError(f"{file} has no `task: NAME`, so it is no task", hint=_LOCAL)
     data = dict(task.get("dataset_kwargs") or {})
     if "data_files" in data:
@@ -247,5 +247,6 @@ def _only_our_bars(console: Console) -> Iterator[_Bars]:
     """The libraries' own bars and warnings say little: they go nowhere, ours where stderr is."""
     here = Console(file=console.file, quiet=console.quiet)
     columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
-    with redirect_stderr(io.StringIO()), Progress(*columns, console=here, transient=True) as bars:
+    bars = Progress(*columns, console=here, transient=True, disable=not here.is_terminal)
+    with redirect_stderr(io.StringIO()), bars:
         yield _Bars(bars)

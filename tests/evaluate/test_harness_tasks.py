@@ -1,0 +1,312 @@
+"""`pyper evaluate MODEL --tasks` on tasks of our own, and what it says when it cannot."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from mixture.test_mixture_scoring import naive_log_probs
+from pyper.cli import main
+from pyper.errors import PyperError
+from pyper.mixture import load_mixture
+from pyper.stages.harness import HarnessOptions, evaluate_tasks, harness_table
+from serve.small_server import save_small_mixture
+
+pytest.importorskip("lm_eval")
+
+TASKS = Path(__file__).parent / "tasks"
+QUESTIONS = [json.loads(line) for line in (TASKS / "sums.jsonl").read_text().splitlines()]
+TALES = [json.loads(line)["text"] for line in (TASKS / "tales.jsonl").read_text().splitlines()]
+# The libraries' own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.usefixtures("own_cache", "one_thread"),
+]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four experts over bytes; with a router of their own, the loops by hand are short."""
+    return save_small_mixture(tmp_path_factory.mktemp("measured"))
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are converted once and kept; and nobody asks the network."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def measure(model: Path, *tasks: str, **options: Any) -> dict[str, Any]:
+    files = [str(TASKS / f"{task}.yaml") for task in tasks]
+    return evaluate_tasks(model, HarnessOptions(files, **options), Console(quiet=True))
+
+
+def values_of(result: dict[str, Any]) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in result["results"]}
+
+
+def by_hand(model: Path, mixing: str, context: str, continuation: str) -> tuple[float, bool]:
+    """One full pass for every token and every expert."""
+    mixture, tokenizer = load_mixture(model)
+    mixture.settings = mixture.settings.model_copy(update={"mixing": mixing})
+    mixture.router = None  # the experts read the prefix: `naive_log_probs` knows how
+    text = [tokenizer.bos_id, *tokenizer.encode(context + continuation)]
+    said = naive_log_probs(mixture, text)[:-1]
+    first = len(tokenizer.encode(context))
+    scores = [float(p[token]) for p, token in zip(said, text[1:], strict=True)][first:]
+    best = [int(p.argmax()) for p in said][first:]
+    return sum(scores), best == text[1:][first:]
+
+
+@pytest.fixture
+def without_router(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyper.stages import harness
+
+    def open_model(*arguments: Any, **options: Any) -> Any:
+        opened = opened_before(*arguments, **options)
+        opened.mixture.router = None
+        return opened
+
+    opened_before = harness.open_model
+    monkeypatch.setattr(harness, "open_model", open_model)
+
+
+@pytest.mark.usefixtures("without_router")
+@pytest.mark.parametrize("mixing", ["posterior", "top1", "window"])
+def test_choices_are_those_of_the_obvious_loop(model: Path, mixing: str) -> None:
+    limit = 3
+    right = right_by_length = 0
+    for question in QUESTIONS[:limit]:
+        scores = [
+            by_hand(model, mixing, question["question"], f" {c}")[0] for c in question["choices"]
+        ]
+        lengths = [len(choice.encode()) for choice in question["choices"]]
+        by_length = [score / n for score, n in zip(scores, lengths, strict=True)]
+        right += scores.index(max(scores)) == question["answer"]
+        right_by_length += by_length.index(max(by_length)) == question["answer"]
+
+    result = measure(model, "sums", limit=limit, mixing=mixing)
+
+    assert values_of(result) == {"acc": right / limit, "acc_norm": right_by_length / limit}
+    assert {row["n"] for row in result["results"]} == {limit}
+    assert result["mixing"] == mixing
+    assert result["requests"] == 4 * limit
+
+
+@pytest.mark.usefixtures("without_router")
+def test_bits_per_byte_are_those_of_the_obvious_loop(model: Path) -> None:
+    texts = TALES[:3]
+    nats = -sum(by_hand(model, "posterior", "", text)[0] for text in texts)
+
+    values = values_of(measure(model, "tales", limit=3))
+
+    per_byte = nats / sum(len(text.encode()) for text in texts)
+    assert values["bits_per_byte"] == pytest.approx(per_byte / math.log(2), abs=1e-5)
+    assert values["byte_perplexity"] == pytest.approx(math.exp(per_byte), rel=1e-4)
+    words = sum(len(text.split()) for text in texts)
+    assert values["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+
+
+def test_written_answers_are_compared_with_the_right_ones(model: Path, tmp_path: Path) -> None:
+    """What one expert writes greedily is made the right answer of every second question."""
+    mixture, tokenizer = load_mixture(model)
+    lines = []
+    for number, question in enumerate(QUESTIONS[:6]):
+        tokens = [tokenizer.bos_id, *tokenizer.encode(question["question"])]
+        n = len(tokens)
+        for _ in range(8):
+            tokens.append(int(mixture.expert(1)(torch.tensor([tokens]))[0, -1].argmax()))
+        written = tokenizer.decode(tokens[n:]).split(" ")[0].split("0")[0]
+        lines.append(question | {"total": f"{written}{'x' * (number % 2)}"})
+    shutil.copy(TASKS / "writing.yaml", tmp_path)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    task = str(tmp_path / "writing.yaml")
+    result = evaluate_tasks(model, HarnessOptions([task], expert="maths"), Console(quiet=True))
+
+    assert values_of(result) == {"exact_match": 0.5}
+    assert (result["mixing"], result["experts"]) == (None, ["maths"])
+
+
+def test_few_shot_examples_come_before_each_question(model: Path) -> None:
+    zero, two = measure(model, "sums", limit=2), measure(model, "sums", limit=2, fewshot=2)
+    assert [row["fewshot"] for row in zero["results"]] == [0, 0]
+    assert [row["fewshot"] for row in two["results"]] == [2, 2]
+    assert measure(model, "sums", limit=2, fewshot=2)["results"] == two["results"]
+
+
+def test_texts_that_lose_their_beginning_are_counted(model: Path, tmp_path: Path) -> None:
+    short = save_small_mixture(tmp_path)
+    file = short / "config.json"
+    settings = json.loads(file.read_text())
+    assert settings["seq_len"] > 1000
+    result = measure(short, "sums", limit=2)
+    assert result["truncated"] == 0
+    mixture, tokenizer = load_mixture(short)
+    mixture.settings = mixture.settings.model_copy(update={"seq_len": 8})
+    from lm_eval.api.instance import Instance
+
+    from pyper.evaluate.harness import MixtureLM
+
+    lm = MixtureLM(mixture, tokenizer)
+    requests = [
+        Instance("loglikelihood", {}, ("long enough", " so"), 0),
+        Instance("loglikelihood", {}, ("short", "er"), 1),
+    ]
+    lm.loglikelihood(requests)
+    assert (lm.n_requests, lm.n_truncated) == (2, 1)
+    result |= {"truncated": 1, "requests": 2}
+    assert "1 of 2 texts" in str(harness_table(result).caption)
+
+
+def test_the_seed_of_the_process_is_left_alone(model: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    measure(model, "sums", limit=1, fewshot=1)
+    assert torch.rand(1) == expected
+
+
+@pytest.fixture
+def pyper(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pyper", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
+
+
+def test_the_command_prints_a_table_or_one_json_object(
+    pyper: Callable[..., tuple[int, str, str]], model: Path
+) -> None:
+    tasks = ",".join(str(TASKS / f"{name}.yaml") for name in ("sums", "tales"))
+    code, shown, noise = pyper("evaluate", model, "--tasks", tasks, "--limit", 2)
+    assert code == 0
+    assert noise == ""
+    for word in ("pyper_sums", "acc_norm", "bits_per_byte", "posterior mixing", "0.4."):
+        assert word in shown
+
+    code, text, _ = pyper(
+        "evaluate", model, "--tasks", tasks, "--limit", 2, "--json",
+        "--mixing", "top1", "--batch-tokens", 64, "--device", "cpu",
+    )  # fmt: skip
+    result = json.loads(text)
+    assert result["mixing"] == "top1"
+    row = result["results"][0]
+    assert set(row) == {"task", "metric", "filter", "value", "stderr", "n", "fewshot", "version"}
+    assert row["task"] == "pyper_sums"
+    assert row["n"] == 2
+    assert result["lm_eval"].startswith("0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--limit", 3),
+        ("--expert", "law"),
+        ("--tasks", "a", "--leak-probe"),
+        ("--tasks", "a", "--set", "evaluate.tokens=5"),
+        ("--tasks", "a", "--limit", 0),
+    ],
+)
+def test_options_that_do_not_go_together(
+    pyper: Callable[..., tuple[int, str, str]], model: Path, arguments: tuple[Any, ...]
+) -> None:
+    assert pyper("evaluate", model, *arguments)[0] == 2
+
+
+TASK = """task: mine
+dataset_path: {path}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        (TASK.format(path="nobody/nothing"), "`{file}` cannot be had", "data_files"),
+        (TASK.format(path="json").replace("test_split: test", ""), "", ""),
+        ("task: [", "`{file}` cannot be used", ""),
+        ("words: 2", "no `task: NAME`", "data_files"),
+        (
+            TASK.format(path="json")
+            + f"dataset_kwargs: {{data_files: {{test: {TASKS / 'sums.jsonl'}}}}}\n"
+            + "unsafe_code: true\n",
+            "unsafe",
+            "",
+        ),
+        (
+            TASK.format(path="json").replace("{{choices}}", "{{chioces}}")
+            + f"dataset_kwargs: {{data_files: {{test: {TASKS / 'sums.jsonl'}}}}}\n",
+            "",
+            "",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_had_is_named(
+    model: Path, tmp_path: Path, text: str, message: str, hint: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(PyperError) as refused:
+        evaluate_tasks(model, HarnessOptions([str(file)]), Console(quiet=True))
+    assert message.format(file=file) in refused.value.message
+    assert hint in refused.value.hint
+    assert "mine" in refused.value.message
+
+
+def test_a_task_that_wants_more_than_the_context_holds(model: Path, tmp_path: Path) -> None:
+    text = (TASKS / "writing.yaml").read_text().replace("max_gen_toks: 8", "max_gen_toks: 5000")
+    (tmp_path / "long.yaml").write_text(text)
+    shutil.copy(TASKS / "sums.jsonl", tmp_path)
+    with pytest.raises(PyperError, match="5,000 new tokens"):
+        evaluate_tasks(model, HarnessOptions([str(tmp_path / "long.yaml")]), Console(quiet=True))
+    (tmp_path / "long.yaml").write_text(text.replace("max_gen_toks: 5000", "num_beams: 4"))
+    with pytest.raises(PyperError, match="num_beams"):
+        evaluate_tasks(model, HarnessOptions([str(tmp_path / "long.yaml")]), Console(quiet=True))
+
+
+def test_a_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "lm_eval" else found(name)
+    )
+    with pytest.raises(PyperError) as refused:
+        measure(model, "sums")
+    assert "`lm-eval`" in refused.value.message
+    assert "pip install 'pyper[eval]'" in refused.value.hint
+
+
+@pytest.mark.slow  # ten seconds: thousands of tasks are known by name
+def test_named_tasks_without_network(model: Path) -> None:
+    for name, message, hint in [
+        ("arc_eazy", "no task `arc_eazy`", "arc_easy"),
+        ("arc_easy", "`arc_easy` cannot be had", "data_files"),
+    ]:
+        with pytest.raises(PyperError) as refused:
+            evaluate_tasks(model, HarnessOptions([name]), Console(quiet=True))
+        assert message in refused.value.message
+        assert hint in refused.value.hint
