@@ -1,13 +1,14 @@
 """Text to batches: readers, tokenizer, shards, packing, loader."""
 
 from pyper.data.batch import Batch
+from pyper.data.counts import ReadCounts
 from pyper.data.domain_weights import effective_tokens, epoch_documents
 from pyper.data.embedded import HarvestReport, harvest
 from pyper.data.loader import Loader, LoaderPosition
 from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
 from pyper.data.packing import Packing
 from pyper.data.prepare import prepare
-from pyper.data.readers import Document, ReadCounts, read_documents
+from pyper.data.readers import Document, read_documents
 from pyper.data.shards import Documents, ShardWriter, TokenData
 from pyper.data.sources import SPLITS, Split
 from pyper.data.tokenizer import BOS, TextTokenizer

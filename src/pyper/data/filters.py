@@ -87,8 +87,9 @@ class Filter:
             raise _refusal(source, f"it is no expression: {reason}") from None
         compiler = _Compiler(source)
         self._keeps = compiler.compile(tree.body, 0)
-        self.names = compiler.names
-        self._unseen = {name for name in self.names if name not in MEASURES}
+        self.asks_for_all = compiler.asks_for_all
+        self.fields = {name for name in compiler.names if name not in MEASURES}
+        self._unseen = set(self.fields)
         self._records, self._known = 0, dict.fromkeys(MEASURES)
 
     def keeps(self, fields: Mapping[str, Any], text: str, where: str) -> bool:
@@ -136,7 +137,7 @@ class _Compiler:
     """Expressions to closures."""
 
     def __init__(self, source: str) -> None:
-        self.source, self.names = source, set[str]()
+        self.source, self.names, self.asks_for_all = source, set[str](), False
 
     def compile(self, node: ast.expr, depth: int) -> _Part:
         """The closure of a node. Raises DataError for what a filter may not say."""
@@ -157,7 +158,9 @@ class _Compiler:
 
     def _name(self, node: ast.Name, depth: int) -> _Part:
         name = node.id
-        if name != "fields":
+        if name == "fields":
+            self.asks_for_all = True
+        else:
             self.names.add(name)
         return lambda names: names(name)
 

@@ -25,6 +25,13 @@ TOKENIZER = "tokenizer.json"
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What a folder lacks is not written: its hash is what it was before there was such."""
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if v is not None or fields[k].is_required()}
+
 
 class FileEntry(_Entry):
     """A file of the data folder; `name` is relative to it."""
@@ -46,12 +53,6 @@ class ShardEntry(_Entry):
     documents_file: FileEntry
     weights_file: FileEntry | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A shard without weights is written, and hashed, as before there were any."""
-        values: dict[str, Any] = handler(self)
-        return {k: v for k, v in values.items() if k != "weights_file" or v is not None}
-
     def files(self) -> list[FileEntry]:
         """All files of the shard."""
         weights = [] if self.weights_file is None else [self.weights_file]
@@ -68,7 +69,7 @@ class SplitEntry(_Entry):
 
 
 class SourceEntry(_Entry):
-    """A file that was read; `name` is its path inside its source."""
+    """A file that was read; `name` is its path inside its source, or that of a named data set."""
 
     name: str
     domain: str
@@ -84,6 +85,8 @@ class DataManifest(_Entry):
     tokenizer_file: FileEntry
     vocab_size: int
     bos_id: int
+    chat_template_file: FileEntry | None = None
+    """What wrote the chats as text, where there are any."""
     dtype: Literal["uint16", "uint32"]
     domains: dict[str, dict[Split, SplitEntry]]
     """By domain name (sorted), then by split."""
@@ -110,8 +113,10 @@ class DataManifest(_Entry):
     def files(self) -> list[FileEntry]:
         """Every file of the folder but the manifest itself."""
         shards = [s for splits in self.domains.values() for e in splits.values() for s in e.shards]
+        template = [] if self.chat_template_file is None else [self.chat_template_file]
         return [
             self.tokenizer_file,
+            *template,
             *(file for shard in shards for file in shard.files()),
         ]
 

@@ -1,13 +1,20 @@
 """Text to a data folder: de-duplicated, split, tokenized, in shards, with a manifest."""
 
+import hashlib
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pyper.config import PrepareConfig
+from pyper.data.chat_template import TEMPLATE_FILE
+from pyper.data.chats import Chats, Span
+from pyper.data.counts import ReadCounts
+from pyper.data.digest_set import DigestSet
 from pyper.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -17,19 +24,25 @@ from pyper.data.manifest import (
     describe,
     read_manifest,
 )
-from pyper.data.readers import Document, ReadCounts, read_files
-from pyper.data.sample import TextSample, new_samples, trainable_part
-from pyper.data.shards import ShardWriter, TokenData, token_dtype
+from pyper.data.readers import Document, read_files
+from pyper.data.round_trip import describe_changes
+from pyper.data.sample import TextSample, add_sample, new_samples, trainable_part
+from pyper.data.shards import BUFFER_BYTES, ShardWriter, TokenData, token_dtype
 from pyper.data.sources import SPLITS, SourceFile, Split, find_files
 from pyper.data.splitting import Digest, DomainPlan, digest_of, plan_domain
 from pyper.data.tokenizer import TextTokenizer
-from pyper.errors import DataError, StorageError
+from pyper.data.weighing import Encoded, encode_documents
+from pyper.errors import DataError, StorageError, TokenizerError
 
 Progress = Callable[[str, int], None]
 """Called with the stage (`read` or `write`) and the documents done in it so far."""
 
 _BATCH_CHARS = 2_000_000
 """Text tokenized at once: enough for all cores, little enough to stay in the caches."""
+_BUFFERS_BYTES = 64 << 20
+"""Of all shards that are being written, together."""
+# Settings that came later: at their defaults they are not written down, as before there were any.
+_LATER = ("columns", "filter", "chat_template", "strict_tokenizer", "workers")
 
 
 def prepare(
@@ -38,20 +51,25 @@ def prepare(
     config: PrepareConfig,
     *,
     progress: Progress | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> DataManifest:
     """Write the data folder `output`, in two passes over the text, and return its manifest.
 
     Exact duplicates are dropped over all domains and splits; held-out files are read first, so
     the training copy is the one that goes. The folder appears whole or not at all, and one with
-    the same text and settings is returned as it is. See `read_documents` for the sources.
+    the same text and settings is returned as it is. See `read_documents` for the sources. Memory
+    does not grow with the text, but for 21 to 32 bytes a document by which duplicates are found,
+    and 16 for where it starts in its shard; a file of plain text is held whole. `warn` is told when
+    a tokenizer changes text.
 
-    Raises DataError for sources without text, a domain without training text, and an `output` that
-    holds something else; TokenizerError; StorageError when `output` cannot be written.
+    Raises DataError for sources without text, a domain without training text, a filter that cannot
+    be used or keeps nothing, and an `output` that holds something else; TokenizerError, for one
+    that changes text under `strict_tokenizer`; StorageError when `output` cannot be written.
     """
     files, skipped = find_files(sources)
     _refuse_nesting(sources, output)
-    loaded = _load_tokenizer(config)
-    settings = _settings(config, loaded)
+    loaded, chats = _load_tokenizer(config), Chats(config)
+    settings = _settings(config, loaded, chats)
     entries = [
         SourceEntry(name=f.name, domain=f.domain, split=f.split, sha256=f.sha256()) for f in files
     ]
@@ -59,17 +77,27 @@ def prepare(
     if finished is not None:
         return finished
     counts = ReadCounts(skipped_files=skipped)
-    plans, samples = _scan(files, config, counts, progress)
+    documents = _Unique(files, config, chats)
+    plans, samples = _scan(documents, counts, progress)
     tokenizer = loaded or _train_tokenizer(plans, samples, config)
+    if config.tokenizer not in ("bpe", "bytes"):
+        _check_round_trip(tokenizer, plans, samples, config, warn)
     with _partial_folder(output) as folder:
         tokenizer.save(folder / TOKENIZER)
-        splits = _write(folder, files, config, plans, tokenizer, progress)
+        template = None
+        if counts.chats:
+            (folder / TEMPLATE_FILE).write_text(chats.source, encoding="utf-8")
+            template = describe(folder / TEMPLATE_FILE, folder)
+        else:
+            settings.pop("chat_template", None)
+        splits = _write(folder, documents, plans, tokenizer, progress)
         _check_training_text(splits, counts)
         manifest = DataManifest(
             tokenizer_fingerprint=tokenizer.fingerprint,
             tokenizer_file=describe(folder / TOKENIZER, folder),
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
+            chat_template_file=template,
             dtype=token_dtype(tokenizer.vocab_size),
             domains=splits,
             counts=counts.as_dict(),
@@ -88,17 +116,24 @@ def _load_tokenizer(config: PrepareConfig) -> TextTokenizer | None:
     return TextTokenizer.load(Path(config.tokenizer))
 
 
-def _settings(config: PrepareConfig, loaded: TextTokenizer | None) -> dict[str, str | int | float]:
-    settings: dict[str, str | int | float] = config.model_dump()
+Settings = dict[str, str | int | float]
+
+
+def _settings(config: PrepareConfig, loaded: TextTokenizer | None, chats: Chats) -> Settings:
+    settings: Settings = config.model_dump(exclude=set(_LATER))
+    if config.columns:
+        settings["columns"] = ",".join(f"{k}={v}" for k, v in sorted(config.columns.items()))
+    if config.filter:
+        settings["filter"] = "\n".join(config.filter)
+    # Dropped again where no chats are found: whether there are any is known when all was read.
+    settings["chat_template"] = hashlib.sha256(chats.source.encode()).hexdigest()
     if loaded is not None:
         # What it is, not where it was: the folder means the same on another machine.
         settings |= {"tokenizer": loaded.fingerprint, "vocab_size": loaded.vocab_size}
     return settings
 
 
-def _finished(
-    output: Path, settings: dict[str, str | int | float], sources: list[SourceEntry]
-) -> DataManifest | None:
+def _finished(output: Path, settings: Settings, sources: list[SourceEntry]) -> DataManifest | None:
     """The manifest of an equal, complete folder; None when there is nothing yet."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -106,7 +141,10 @@ def _finished(
     if not (output / MANIFEST).is_file():
         raise DataError(f"`{output}` exists and is no data folder", hint=hint)
     manifest = read_manifest(output)
-    changed = [key for key, value in settings.items() if manifest.settings.get(key) != value]
+    if manifest.chat_template_file is None:
+        settings = {k: v for k, v in settings.items() if k != "chat_template"}
+    keys = [*settings, *(key for key in _LATER if key in manifest.settings)]
+    changed = [k for k in dict.fromkeys(keys) if manifest.settings.get(k) != settings.get(k)]
     if manifest.sources != sources:
         changed.append("the text")
     if changed:
@@ -125,42 +163,79 @@ def _refuse_nesting(sources: Sequence[Path], output: Path) -> None:
             )
 
 
-def _unique(
-    files: Sequence[SourceFile], config: PrepareConfig, counts: ReadCounts
-) -> Iterator[tuple[Document, Digest]]:
-    seen: set[bytes] = set()
-    for document in read_files(files, config, counts):
-        digest = digest_of(document.text)
-        if digest.raw in seen:
-            counts.documents -= 1
-            counts.duplicates += 1
-            continue
-        seen.add(digest.raw)
-        yield document, digest
+@dataclass(frozen=True, slots=True)
+class _Unique:
+    """The documents of all files without duplicates, to be read as often as needed."""
+
+    files: Sequence[SourceFile]
+    config: PrepareConfig
+    chats: Chats
+
+    def read(self, counts: ReadCounts) -> Iterator[tuple[Document, Digest]]:
+        seen = DigestSet()
+        for document in read_files(self.files, self.config, counts, self.chats):
+            digest = digest_of(document.text)
+            if seen.add(digest.raw):
+                yield document, digest
+            else:
+                counts.documents -= 1
+                counts.duplicates += 1
 
 
 def _scan(
-    files: Sequence[SourceFile],
-    config: PrepareConfig,
-    counts: ReadCounts,
-    progress: Progress | None,
+    documents: _Unique, counts: ReadCounts, progress: Progress | None
 ) -> tuple[dict[str, DomainPlan], dict[str, TextSample]]:
     """The first pass: how each domain is split, and text for the tokenizer."""
-    domains = sorted({file.domain for file in files})
-    given = {name: {f.split for f in files if f.domain == name} for name in domains}
-    plans = {name: plan_domain(given[name], config) for name in domains}
+    files, config = documents.files, documents.config
+    plans: dict[str, DomainPlan] = {}
+    if "domain" not in config.columns:
+        for name in sorted({file.domain for file in files}):
+            given = {file.split for file in files if file.domain == name}
+            plans[name] = plan_domain(given, config)
     samples = new_samples(plans)
-    for document, digest in _unique(files, config, counts):
-        plan = plans[document.domain]
+    for document, digest in documents.read(counts):
+        plan = plans.get(document.domain)
+        if plan is None:  # a column names it
+            plan = plans[document.domain] = plan_domain(set(), config)
+            add_sample(samples, document.domain)
         plan.observe(document, digest)
         if document.split not in ("valid", "test"):
-            samples[document.domain].add(trainable_part(document.text, plan), digest)
+            text = document.text
+            if document.answers is None:
+                text = trainable_part(text, plan)
+            samples[document.domain].add(text, digest)
         if progress is not None:
             progress("read", counts.documents)
+    _refuse_empty(plans, counts)
+    return dict(sorted(plans.items())), samples
+
+
+def _refuse_empty(plans: dict[str, DomainPlan], counts: ReadCounts) -> None:
+    if counts.documents == 0 and any(counts.filtered.values()):
+        most = max(counts.filtered, key=lambda source: counts.filtered[source])
+        raise _empty(f"nothing is left: the filter `{most}` removed most of the documents", counts)
     for name, plan in plans.items():
         if plan.documents == 0:
             raise _empty(f"the domain `{name}` has no documents", counts)
-    return plans, samples
+
+
+def _check_round_trip(
+    tokenizer: TextTokenizer,
+    plans: dict[str, DomainPlan],
+    samples: dict[str, TextSample],
+    config: PrepareConfig,
+    warn: Callable[[str], None] | None,
+) -> None:
+    texts = (text for name, plan in plans.items() for text in samples[name].texts(plan))
+    changes = describe_changes(tokenizer, texts)
+    if changes and config.strict_tokenizer:
+        raise TokenizerError(
+            changes,
+            hint=f"{config.tokenizer} cannot write such text; use another tokenizer, or allow it "
+            "by leaving out `--strict-tokenizer`",
+        )
+    if changes and warn is not None:
+        warn(changes)
 
 
 def _train_tokenizer(
@@ -172,13 +247,13 @@ def _train_tokenizer(
 
 def _write(
     folder: Path,
-    files: Sequence[SourceFile],
-    config: PrepareConfig,
+    documents: _Unique,
     plans: dict[str, DomainPlan],
     tokenizer: TextTokenizer,
     progress: Progress | None,
 ) -> dict[str, dict[Split, SplitEntry]]:
     """The second pass: tokens of every split of every domain."""
+    buffer_bytes = min(BUFFER_BYTES, _BUFFERS_BYTES // (len(plans) * len(SPLITS)))
     writers = {
         (name, split): ShardWriter(
             folder,
@@ -186,36 +261,50 @@ def _write(
             name,
             dtype=token_dtype(tokenizer.vocab_size),
             bos_id=tokenizer.bos_id,
-            shard_tokens=config.shard_tokens,
+            shard_tokens=documents.config.shard_tokens,
+            buffer_bytes=buffer_bytes,
         )
         for name in plans
         for split in SPLITS
     }
     done = 0
-    for batch in _batches(files, config, plans):
-        encoded = tokenizer.encode_batch([text for _, _, text in batch])
-        for (domain, split, text), tokens in zip(batch, encoded, strict=True):
-            writers[domain, split].add(tokens, len(text.encode()))
+    for batch, encoded in _encoded(_batches(documents, plans), tokenizer):
+        for part, (tokens, weights) in zip(batch, encoded, strict=True):
+            writers[part.domain, part.split].add(tokens, len(part.text.encode()), weights)
         done += len(batch)
         if progress is not None:
             progress("write", done)
     return {name: {split: writers[name, split].close() for split in SPLITS} for name in plans}
 
 
-def _batches(
-    files: Sequence[SourceFile], config: PrepareConfig, plans: dict[str, DomainPlan]
-) -> Iterator[list[tuple[str, Split, str]]]:
-    batch: list[tuple[str, Split, str]] = []
+class _Part(NamedTuple):
+    """A document, or the part of one that is in a split."""
+
+    domain: str
+    split: Split
+    text: str
+    answers: Sequence[Span] | None
+
+
+def _batches(documents: _Unique, plans: dict[str, DomainPlan]) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
     chars = 0
-    for document, digest in _unique(files, config, ReadCounts()):
+    for document, digest in documents.read(ReadCounts()):
         for split, text in plans[document.domain].assign(document, digest):
-            batch.append((document.domain, split, text))
+            batch.append(_Part(document.domain, split, text, document.answers))
             chars += len(text)
         if chars >= _BATCH_CHARS:
             yield batch
             batch, chars = [], 0
     if batch:
         yield batch
+
+
+def _encoded(
+    batches: Iterator[list[_Part]], tokenizer: TextTokenizer
+) -> Iterator[tuple[list[_Part], list[Encoded]]]:
+    for batch in batches:
+        yield batch, encode_documents(tokenizer, [(part.text, part.answers) for part in batch])
 
 
 def _check_training_text(splits: dict[str, dict[Split, SplitEntry]], counts: ReadCounts) -> None:

@@ -1,52 +1,39 @@
 """Files and folders to cleaned documents, counting all that was mended or left out."""
 
-import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyper.config import PrepareConfig
+from pyper.data.chats import Chats, Span, read_messages
+from pyper.data.cleaning import clean, decode, without_mark
+from pyper.data.counts import ReadCounts
+from pyper.data.filters import Filter
 from pyper.data.sources import SourceFile, Split, find_files, open_binary, reading
-from pyper.errors import DataError, MissingExtraError
+from pyper.data.tables import Wanted, read_arrow, read_csv, read_parquet
+from pyper.errors import DataError, PromptError
 
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+_UNSAFE = re.compile(r"[^\w.+@ -]+")
+_MAX_DOMAINS = 1_000
+_MAX_DOMAIN_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, its domain, the split its file was named after, and where it came from."""
+    """One text, its domain, the split its file was named after, and where it came from.
+
+    answers: of a chat, the stretches of `text` to learn from; None where that is all of it.
+    """
 
     text: str
     domain: str
     split: Split | None
     source: str
-
-
-@dataclass(slots=True)
-class ReadCounts:
-    """What was read, mended and left out; each field counts documents unless it says otherwise."""
-
-    files: int = 0
-    documents: int = 0
-    """Documents handed on, duplicates not included once `prepare` has found them."""
-    duplicates: int = 0
-    empty: int = 0
-    too_short: int = 0
-    bad_utf8: int = 0
-    """With bytes that are no UTF-8; each became U+FFFD."""
-    nul_bytes: int = 0
-    """With NUL characters, which were removed."""
-    byte_order_marks: int = 0
-    malformed_lines: int = 0
-    """Lines of `.jsonl` without a JSON object that has a text."""
-    skipped_files: int = 0
-    """Files that are not text."""
-
-    def as_dict(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+    answers: tuple[Span, ...] | None = None
 
 
 def read_documents(
@@ -55,9 +42,9 @@ def read_documents(
     """Documents of all sources in a fixed order: test files first, then valid, then train.
 
     That order lets de-duplication drop the training copy of a held-out document. At most one
-    text file is held in memory; `.jsonl` is read by the line, `.parquet` by the batch. Adds to
-    `counts`. Raises DataError for a source that is missing, unreadable or has no text, and
-    MissingExtraError for `.zst` and `.parquet` without their packages.
+    text file is held in memory; `.jsonl` and `.csv` are read by the line, `.parquet` and `.arrow`
+    by the batch. Adds to `counts`. Raises DataError for a source that is missing, unreadable or has
+    no text, and MissingExtraError for what needs a package that is not there.
     """
     files, skipped = find_files(sources)
     counts.skipped_files += skipped
@@ -65,38 +52,181 @@ def read_documents(
 
 
 def read_files(
-    files: Iterable[SourceFile], config: PrepareConfig, counts: ReadCounts
+    files: Iterable[SourceFile],
+    config: PrepareConfig,
+    counts: ReadCounts,
+    chats: Chats | None = None,
 ) -> Iterator[Document]:
     """The documents of files already found; see `read_documents`."""
+    reader = _Reader(config, counts, chats or Chats(config))
     for file in files:
         counts.files += 1
-        yield from _read_file(file, config, counts)
+        yield from reader.read(file)
+    for each in reader.filters:
+        each.check_names()
 
 
-def _read_file(file: SourceFile, config: PrepareConfig, counts: ReadCounts) -> Iterator[Document]:
-    for text, place in _texts(file, config, counts):
-        cleaned = _clean(text, counts)
-        if not cleaned or cleaned.isspace():
-            counts.empty += 1
-        elif len(cleaned) < config.min_chars:
-            counts.too_short += 1
+class _Reader:
+    """One pass over files: records to documents."""
+
+    def __init__(self, config: PrepareConfig, counts: ReadCounts, chats: Chats) -> None:
+        self._config, self._counts, self._chats = config, counts, chats
+        self.filters = [Filter(source) for source in config.filter]
+        counts.filtered = dict.fromkeys(config.filter, 0)
+        self._text_key = config.columns.get("text", config.text_key)
+        self._domain_key = config.columns.get("domain")
+        self._domains: set[str] = set()
+
+    def read(self, file: SourceFile) -> Iterator[Document]:
+        """The documents of one file."""
+        if file.kind == "text":
+            texts = _read_text(file.path, self._config, self._counts)
+            found: Iterator[Document | None] = (
+                self._keep(file, {}, text, None, place) for text, place in texts
+            )
         else:
-            counts.documents += 1
-            yield Document(cleaned, file.domain, file.split, f"{file.name}{place}")
+            found = self._read_records(file)
+        for document in found:
+            if document is not None:
+                self._counts.documents += 1
+                yield document
+
+    def _read_records(self, file: SourceFile) -> Iterator[Document | None]:
+        good, first_bad = 0, ""
+        for record, place in self._records(file):
+            where = f"{file.path}{place}"
+            read = None if record is None else self._text_or_chat(record, where, strict=not good)
+            if read is None or isinstance(read, PromptError):
+                self._counts.malformed_lines += read is None
+                self._counts.refused_chats += read is not None
+                first_bad = first_bad or f"{place[1:]}{f': {read}' if read else ''}"
+                continue
+            good += 1
+            yield self._keep(file, record or {}, *read, place)
+        if first_bad and not good:
+            raise DataError(
+                f"no line of {file.path} is a JSON object with a text; the first bad line is "
+                f"{first_bad}"
+                if file.kind == "jsonl"
+                else f"no row of {file.path} has a text; the first bad row is {first_bad}",
+                hint='each line should read {"text": "..."} or {"messages": [...]}; give plain '
+                "text the extension .txt",
+            )
+
+    def _records(self, file: SourceFile) -> Iterator[tuple[Mapping[str, Any] | None, str]]:
+        """Records with their places (`:12` is line or row 12); None for a line that is none."""
+        if file.hub is not None:
+            return file.hub.rows()
+        if file.kind == "jsonl":
+            return _read_jsonl(file.path, self._counts)
+        if file.kind == "csv":
+            return iter(read_csv(file.path))
+        read = read_parquet if file.kind == "parquet" else read_arrow
+        return iter(read(file.path, self._wanted()))
+
+    def _wanted(self) -> Wanted:
+        """Columns that are asked for."""
+        texts = [self._text_key, self._text_key.split(".")[0], *self._chats.keys]
+        names = [name for each in self.filters for name in each.fields]
+        if any(each.asks_for_all for each in self.filters):
+            names.append("")  # no column is called that: all are read
+        domain = self._domain_key or ""
+        return Wanted(texts, names, [domain, domain.split(".")[0]])
+
+    def _text_or_chat(
+        self, record: Mapping[str, Any], where: str, *, strict: bool
+    ) -> tuple[str, tuple[Span, ...] | None] | PromptError | None:
+        """Text and, of a chat, answers. None where there is neither, or why a template refuses.
+
+        With `strict`, a record without the key is refused.
+        """
+        chat = self._chats.key_in(record)
+        if chat is not None and (self._chats.is_named or self._text_key not in record):
+            return self._render(record[chat])
+        value = look_up(record, self._text_key)
+        if value is None and not has(record, self._text_key):
+            if strict:
+                raise _missing_key(where, self._text_key, record)
+            return None
+        if value is not None and not isinstance(value, str):
+            return None
+        return clean(value or "", self._counts), None
+
+    def _render(self, value: list[Any]) -> tuple[str, tuple[Span, ...]] | PromptError | None:
+        messages = read_messages(value)
+        if messages is None:
+            return None
+        cleaned = [m | {"content": clean(m["content"], self._counts)} for m in messages]
+        try:
+            return self._chats.render(cleaned)
+        except PromptError as error:
+            return error
+
+    def _keep(
+        self,
+        file: SourceFile,
+        record: Mapping[str, Any],
+        text: str,
+        answers: tuple[Span, ...] | None,
+        place: str,
+    ) -> Document | None:
+        """The document, or None, counted, where it is left out."""
+        counts = self._counts
+        if not text or text.isspace():
+            counts.empty += 1
+            return None
+        if len(text) < self._config.min_chars:
+            counts.too_short += 1
+            return None
+        for each in self.filters:
+            if not each.keeps(record, text, f"{file.path}{place}"):
+                counts.filtered[each.source] += 1
+                return None
+        counts.chats += bool(answers)
+        if answers == ():
+            counts.chats_without_answers += 1
+            return None
+        domain = self._domain(record, file)
+        return Document(text, domain, file.split, f"{file.name}{place}", answers)
+
+    def _domain(self, record: Mapping[str, Any], file: SourceFile) -> str:
+        """The file's domain, or what a column says, as the name of a file."""
+        value = None if self._domain_key is None else look_up(record, self._domain_key)
+        if value is None or value == "":
+            return file.domain
+        name = _UNSAFE.sub("_", str(value)[:_MAX_DOMAIN_CHARS]).strip(". ") or "_"
+        self._domains.add(name)
+        if len(self._domains) > _MAX_DOMAINS:
+            raise DataError(
+                f"{file.path}: `{self._domain_key}` has more than {_MAX_DOMAINS:,} values, like "
+                f"`{name}`: that is no domain",
+                hint="name another one, `--columns domain=NAME`",
+            )
+        return name
 
 
-def _texts(
-    file: SourceFile, config: PrepareConfig, counts: ReadCounts
-) -> Iterator[tuple[str, str]]:
-    """Raw texts with their place in the file (`:12` is line or row 12)."""
-    if file.kind == "jsonl":
-        yield from _read_jsonl(file.path, config.text_key, counts)
-    elif file.kind == "parquet":
-        yield from _read_parquet(file.path, config.text_key)
-    else:
-        with reading(file.path), open_binary(file.path) as stream:
-            data = stream.read()
-        yield from _cut_text(_decode(data, counts), config)
+def look_up(record: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or of `meta.source` inside `meta`; None when there is none."""
+    if key in record:
+        return record[key]
+    inside: Any = record
+    for part in key.split("."):
+        inside = inside.get(part) if isinstance(inside, Mapping) else None
+    return inside
+
+
+def has(record: Mapping[str, Any], key: str) -> bool:
+    """Whether a record has the key, even if its value is null."""
+    root, _, rest = key.rpartition(".")
+    inside = look_up(record, root) if root else record
+    return key in record or (isinstance(inside, Mapping) and rest in inside)
+
+
+def _read_text(path: Path, config: PrepareConfig, counts: ReadCounts) -> Iterator[tuple[str, str]]:
+    with reading(path), open_binary(path) as stream:
+        data = stream.read()
+    for text, place in _cut_text(decode(data, counts), config):
+        yield clean(text, counts), place
 
 
 def _cut_text(text: str, config: PrepareConfig) -> Iterator[tuple[str, str]]:
@@ -107,102 +237,22 @@ def _cut_text(text: str, config: PrepareConfig) -> Iterator[tuple[str, str]]:
     yield from ((part, f":{i}") for i, part in enumerate(parts) if part)
 
 
-def _read_jsonl(path: Path, key: str, counts: ReadCounts) -> Iterator[tuple[str, str]]:
-    good, first_bad = 0, 0
+def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[tuple[dict[str, Any] | None, str]]:
     with reading(path), open_binary(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            text = _json_text(line, key, counts, where=f"{path}:{number}", strict=not good)
-            if text is None:
-                counts.malformed_lines += 1
-                first_bad = first_bad or number
-            else:
-                good += 1
-                yield text, f":{number}"
-    if first_bad and not good:
-        raise DataError(
-            f"no line of {path} is a JSON object with a text; the first bad line is {first_bad}",
-            hint='each line should read {"text": "..."}; give plain text the extension .txt',
-        )
-
-
-def _json_text(
-    line: bytes, key: str, counts: ReadCounts, *, where: str, strict: bool
-) -> str | None:
-    """The text of one line, None when malformed; `strict` refuses an object without the key."""
-    try:
-        record = json.loads(_without_mark(_decode(line, counts), counts))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    if key not in record:
-        if strict:
-            raise _missing_key(where, key, record)
-        return None
-    value = record[key]
-    return "" if value is None else value if isinstance(value, str) else None
-
-
-def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", extra="data", needed_for=f"reading {path}") from None
-    with reading(path, pyarrow.ArrowException), pyarrow.parquet.ParquetFile(path) as table:
-        if key not in table.schema_arrow.names:
-            raise _missing_key(str(path), key, table.schema_arrow.names)
-        rows = (
-            value
-            for batch in table.iter_batches(batch_size=256, columns=[key])
-            for value in batch.column(0).to_pylist()
-        )
-        for number, value in enumerate(rows):
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"column `{key}` of {path} holds no text but {type(value)}")
-            yield value or "", f":{number}"
+            try:
+                record = json.loads(without_mark(decode(line, counts), counts))
+            except (ValueError, RecursionError):
+                record = None
+            yield record if isinstance(record, dict) else None, f":{number}"
 
 
 def _missing_key(where: str, key: str, there: Iterable[Any]) -> DataError:
     names = ", ".join(f"`{name}`" for name in list(there)[:12]) or "none"
     return DataError(
         f"{where} has no key `{key}`; keys there: {names}",
-        hint="name the key that holds the text with `--text-key`",
+        hint="name the key that holds the text with `--text-key`, or the column with "
+        "`--columns text=NAME`",
     )
-
-
-def _decode(data: bytes, counts: ReadCounts) -> str:
-    try:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # what some Windows programs call Unicode
-            return data.decode("utf-16")
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        counts.bad_utf8 += 1
-        return data.decode("utf-8", "replace")
-
-
-def _clean(text: str, counts: ReadCounts) -> str:
-    text = _without_mark(text, counts)
-    if "\0" in text:
-        counts.nul_bytes += 1
-        text = text.replace("\0", "")
-    return _without_surrogates(text.replace("\r\n", "\n"), counts)
-
-
-def _without_mark(text: str, counts: ReadCounts) -> str:
-    if not text.startswith("\ufeff"):
-        return text
-    counts.byte_order_marks += 1
-    return text.lstrip("\ufeff")
-
-
-def _without_surrogates(text: str, counts: ReadCounts) -> str:
-    """JSON may escape half a character (`\\ud83d`), which no UTF-8 can hold."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        counts.bad_utf8 += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

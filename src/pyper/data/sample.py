@@ -26,6 +26,11 @@ class TextSample:
         text = _excerpts(text, self._budget)
         self._kept.append((digest, text))
         self._size += len(text)
+        self.shrink(self._budget)
+
+    def shrink(self, budget: int) -> None:
+        """Change the budget; what is above twice of it is dropped, by hash."""
+        self._budget = budget
         while self._size > 2 * self._budget:
             self._threshold //= 2
             self._kept = [(d, t) for d, t in self._kept if d.priority < self._threshold]
@@ -40,8 +45,18 @@ class TextSample:
 
 def new_samples(plans: Mapping[str, DomainPlan]) -> dict[str, TextSample]:
     """One sample for each domain; about 20 M characters in all."""
-    budget = max(10_000, _TOTAL_CHARS * 2 // (3 * len(plans)))
-    return {name: TextSample(budget) for name in plans}
+    return {name: TextSample(_share(len(plans))) for name in plans}
+
+
+def add_sample(samples: dict[str, TextSample], domain: str) -> None:
+    """One more, for a domain that turns up while reading; the others shrink to their share."""
+    samples[domain] = TextSample(0)
+    for sample in samples.values():
+        sample.shrink(_share(len(samples)))
+
+
+def _share(n_domains: int) -> int:
+    return max(10_000, _TOTAL_CHARS * 2 // (3 * max(1, n_domains)))
 
 
 def trainable_part(text: str, plan: DomainPlan) -> str:

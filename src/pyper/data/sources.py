@@ -4,6 +4,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import re
 import zlib
@@ -13,17 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
 
+from pyper.data.hub import PREFIX, HubSplit, find_splits, parse_name
 from pyper.errors import DataError, MissingExtraError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
+Kind = Literal["text", "jsonl", "csv", "parquet", "arrow", "hub"]
+
 _COMPRESSED = (".gz", ".xz", ".zst")
 _TEXT = frozenset((
-    ".txt", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json", ".yaml",
+    ".txt", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".json", ".yaml",
     ".yml", ".toml", ".ini", ".log", ".srt", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp",
     ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh", ".sql", ".r", ".jl", ".lua",
 ))  # fmt: skip
+_TABLES: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+# What `datasets` writes beside the rows in `save_to_disk`.
+_SAVED_STATE, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 # Also Hugging Face's `train-00000-of-00002.parquet`.
 _SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test)(?:[-_]\d[-_\w]*)?", re.IGNORECASE)
 _COMPANIONS = re.compile(r"(readme|license|licence|copying|citation)\b.*", re.IGNORECASE)
@@ -31,16 +46,22 @@ _COMPANIONS = re.compile(r"(readme|license|licence|copying|citation)\b.*", re.IG
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to read: `name` is its path inside the source it was found in."""
+    """A file to read: `name` is its path inside the source it was found in.
+
+    A split of a data set on the hub is one too; its `path` is its name.
+    """
 
     path: Path
     name: str
     domain: str
     split: Split | None
-    kind: Literal["text", "jsonl", "parquet"]
+    kind: Kind
+    hub: HubSplit | None = None
 
     def sha256(self) -> str:
         """Hash of the bytes on disk."""
+        if self.hub is not None:
+            return self.hub.sha256()
         with reading(self.path), self.path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -50,14 +71,15 @@ def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
 
     A folder holds one domain for each sub-folder or file directly in it, or is itself one domain
     when it holds nothing but train, valid and test. Of several sources, each is one domain, folders
-    too. Hidden files do not count, nor do README and
-    LICENSE beside domains or splits. Raises DataError for a missing source, and where nothing is
-    text.
+    too. A data set that `datasets` saved is one domain; so is one that is named, `hf:owner/name`.
+    Hidden files do not count, nor do README and LICENSE beside domains or splits. Raises DataError
+    for a missing source, and where nothing is text.
     """
     if not sources:
         raise DataError("no source was given", hint="name files or folders with text")
     several = len(sources) > 1
-    candidates = [found for source in sources for found in _find(source, one_domain=several)]
+    local = [source for source in sources if not str(source).startswith(PREFIX)]
+    candidates = [found for source in local for found in _find(source, one_domain=several)]
     unique = {found.path.resolve(): found for found in reversed(candidates)}
     files, skipped = [], 0
     for found in sorted(unique.values(), key=lambda found: (found.domain, found.name)):
@@ -65,14 +87,25 @@ def find_files(sources: Sequence[Path]) -> tuple[list[SourceFile], int]:
         skipped += kind is None
         if kind is not None:
             files.append(SourceFile(*found, kind))
+    for source in sources:
+        if source not in local:
+            files += _find_on_hub(str(source))
     if not files:
         seen = f"{skipped} files are not text" if skipped else "there are no files"
         raise DataError(
             f"no text in {', '.join(map(str, sources))} ({seen})",
-            hint="Pyper reads .txt, .jsonl and other text (also .gz, .xz, .zst), and .parquet",
+            hint="Pyper reads .txt, .jsonl, .csv and other text (also .gz, .xz, .zst), .parquet, "
+            ".arrow, .feather, and what `datasets` saved",
         )
     rank = {"test": 0, "valid": 1, "train": 2, None: 3}
     return sorted(files, key=lambda file: rank[file.split]), skipped
+
+
+def _find_on_hub(text: str) -> Iterator[SourceFile]:
+    for split in find_splits(parse_name(text)):
+        name, domain = str(split.name), split.name.name.rpartition("/")[2]
+        kept = split_of(Path(split.name.split or ""))
+        yield SourceFile(Path(name), name, domain, kept, "hub", split)
 
 
 class _Found(NamedTuple):
@@ -91,7 +124,7 @@ def _find(source: Path, *, one_domain: bool) -> Iterator[_Found]:
     if not source.is_dir():
         raise _missing(source)
     entries = _data_entries(source)
-    if one_domain or _holds_only_splits(entries):
+    if one_domain or _is_saved(source) or _holds_only_splits(entries):
         yield from _find_in_domain(source, _domain(source.resolve()), prefix=source.resolve().name)
         return
     for entry in entries:
@@ -102,7 +135,7 @@ def _find(source: Path, *, one_domain: bool) -> Iterator[_Found]:
 
 
 def _find_in_domain(folder: Path, domain: str, prefix: str) -> Iterator[_Found]:
-    by_name = _holds_only_splits(_data_entries(folder))
+    by_name = _is_saved(folder) or _holds_only_splits(_data_entries(folder))
     entries = _data_entries(folder) if by_name else _visible(folder)
     for entry in entries:
         # In a folder of source code a sub-folder `test` is code like any other.
@@ -123,7 +156,25 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _visible(folder: Path) -> list[Path]:
     with reading(folder):
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return sorted(entry for entry in entries if entry.is_file() or entry.is_dir())
+    kept = sorted(entry for entry in entries if entry.is_file() or entry.is_dir())
+    return _saved_rows(folder, kept) if _is_saved(folder) else kept
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with `save_to_disk`."""
+    return (folder / _SAVED_STATE).is_file() or (folder / _SAVED_SPLITS).is_file()
+
+
+def _saved_rows(folder: Path, entries: list[Path]) -> list[Path]:
+    """Of such a folder the files of rows, or the folders of splits; not what it caches there."""
+    if (folder / _SAVED_SPLITS).is_file():
+        return [entry for entry in entries if entry.is_dir()]
+    try:
+        state = json.loads((folder / _SAVED_STATE).read_bytes())
+        names = {item["filename"] for item in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        names = {entry.name for entry in entries if entry.suffix == ".arrow"}
+    return [entry for entry in entries if entry.name in names]
 
 
 def _data_entries(folder: Path) -> list[Path]:
@@ -146,22 +197,21 @@ def split_of(path: Path) -> Split | None:
 def _domain(path: Path) -> str:
     name = path.name
     if path.is_file():
-        while Path(name).suffix.lower() in {*_COMPRESSED, *_TEXT, ".jsonl", ".ndjson", ".parquet"}:
+        while Path(name).suffix.lower() in {*_COMPRESSED, *_TEXT, *_TABLES}:
             name = Path(name).stem
     return name.encode("utf-8", "replace").decode() or "text"
 
 
-def _kind(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
+def _kind(path: Path) -> Kind | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
         inner = suffixes[-1] if suffixes else ""
-        return "jsonl" if inner in (".jsonl", ".ndjson") else "text" if inner in _TEXT else None
+        kind = _TABLES.get(inner, "text" if inner in _TEXT else None)
+        return kind if kind in ("jsonl", "csv", "text") else None
     suffix = suffixes[-1] if suffixes else ""
-    if suffix in (".jsonl", ".ndjson"):
-        return "jsonl"
-    if suffix == ".parquet":
-        return "parquet"
+    if suffix in _TABLES:
+        return _TABLES[suffix]
     return "text" if suffix in _TEXT or _looks_like_text(path) else None
 
 

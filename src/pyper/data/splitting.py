@@ -47,14 +47,19 @@ class DomainPlan:
     held_out: the fraction for each split that no file of the domain was named after.
     """
 
-    held_out: Mapping[Split, float]
+    held_out: dict[Split, float]
     documents: int = 0
     _bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
     def observe(self, document: Document, digest: Digest) -> None:
-        """Count a document."""
+        """Count a document.
+
+        Held-out documents come first: one that a file was named after ends the choosing for it.
+        """
         self.documents += 1
-        if document.split not in ("valid", "test"):
+        if document.split in ("valid", "test"):
+            self.held_out.pop(document.split, None)
+        elif document.answers is None:
             self._bytes[self.by_hash(digest)] += len(document.text)
 
     @property
@@ -80,7 +85,7 @@ class DomainPlan:
         """The document's texts with their splits: one, or up to three where documents are cut."""
         if document.split in ("valid", "test"):
             yield document.split, document.text
-        elif self.cuts:
+        elif self.cuts and document.answers is None:  # half a chat is none
             yield from cut_document(document.text, self.held_out)
         else:
             yield self.by_hash(digest), document.text

@@ -78,6 +78,21 @@ class TextTokenizer:
         encoded = self._encode_pieces([piece for parts in pieces for piece in parts])
         return [np.concatenate([next(encoded) for _ in parts]) for parts in pieces]
 
+    @cached_property
+    def cuts_anywhere(self) -> bool:
+        """Whether the tokens of the parts of a text are tokens of the text."""
+        # Others (sentencepiece) may mark the start of a text, and every piece would get the mark.
+        normalizer = self._settings["normalizer"]
+        return self._is_byte_level and (normalizer is None or normalizer["type"] == "NFC")
+
+    def encode_with_offsets(
+        self, text: str
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids (T,) of a text, without `bos`, and the characters where each starts, stops."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(found.ids, dtype=np.uint32), offsets[:, 0], offsets[:, 1]
+
     def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
         for start in range(0, len(pieces), _PIECES_AT_ONCE):
             batch = pieces[start : start + _PIECES_AT_ONCE]
@@ -199,10 +214,7 @@ class TextTokenizer:
         return ids
 
     def _pieces(self, text: str) -> list[str]:
-        # Others (sentencepiece) may mark the start of a text, and every piece would get the mark.
-        normalizer = self._settings["normalizer"]
-        local = normalizer is None or normalizer["type"] == "NFC"
-        return split_text(text) if self._is_byte_level and local else [text]
+        return split_text(text) if self.cuts_anywhere else [text]
 
 
 def split_text(text: str, chars: int = _PIECE_CHARS) -> list[str]:
