@@ -1,7 +1,6 @@
-"""Mixtures and sparse models as folders for `transformers`, with modelling files of their own."""
+"""Mixtures, and models without a stock twin, for `transformers`: with modelling files."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -40,13 +39,16 @@ def export_mixture(mixture: Mixture, folder: Path, *, shard_bytes: int) -> str:
     return _write(folder, "Mixture", config, settings.bos_id, dtype)
 
 
-def export_sparse(model: Transformer, folder: Path, *, shard_bytes: int) -> str:
-    """Write a sparse model with the modelling file of its own; the architecture's name."""
+def export_single(model: Transformer, folder: Path, *, shard_bytes: int) -> str:
+    """Write one dense or sparse model with a modelling file of its own; the architecture's name.
+
+    Raises ConfigError for what the modelling file cannot do, StorageError.
+    """
     shape = exported_shape(model.config)
     named = ((f"decoder.{name}", tensor) for name, tensor in exported_tensors(model))
     write_shards(folder, named, shard_bytes=shard_bytes)
     dtype = str(model.dtype).removeprefix("torch.")
-    return _write(folder, "Sparse", {"shape": shape}, model.config.bos_id, dtype)
+    return _write(folder, "", {"shape": shape}, model.config.bos_id, dtype)
 
 
 def _mixing(settings: MixtureSettings) -> dict[str, Any]:
@@ -76,27 +78,24 @@ def _tensors(mixture: Mixture, routers: list[Transformer]) -> Iterator[tuple[str
 
 def _write(folder: Path, kind: str, config: dict[str, Any], bos_id: int, dtype: str) -> str:
     """config.json, generation_config.json and the modelling files."""
-    lower, name = kind.lower(), f"Pyper{kind}ForCausalLM"
-    files = [f"{part}_pyper_{lower}.py" for part in ("configuration", "modeling")]
+    module, name = f"pyper_{kind.lower()}" if kind else "pyper", f"Pyper{kind}ForCausalLM"
     # Every document begins with this token, which also ends the one before it.
     ids = {"bos_token_id": bos_id, "eos_token_id": bos_id, "pad_token_id": bos_id}
     whole = {
         "architectures": [name],
-        "model_type": f"pyper_{lower}",
+        "model_type": module,
         "auto_map": {
-            "AutoConfig": f"configuration_pyper_{lower}.Pyper{kind}Config",
-            "AutoModelForCausalLM": f"modeling_pyper_{lower}.{name}",
+            "AutoConfig": f"configuration_{module}.Pyper{kind}Config",
+            "AutoModelForCausalLM": f"modeling_{module}.{name}",
         },
         "dtype": dtype,
         "tie_word_embeddings": False,
         **ids,
         **config,
     }
-    (folder / "config.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    generation = json.dumps({"do_sample": True, **ids}, indent=1)
-    (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
-    sources = resources.files("pyper.export") / "modeling"
-    for file in (*files, "pyper_layers.py"):
-        with resources.as_file(sources / file) as source:
-            shutil.copyfile(source, folder / file)
+    for file, values in (("config.json", whole), ("generation_config.json", ids)):
+        (folder / file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for file in (f"configuration_{module}.py", f"modeling_{module}.py", "pyper_layers.py"):
+        source = resources.files("pyper.export") / "modeling" / file
+        (folder / file).write_bytes(source.read_bytes())
     return name

@@ -1,4 +1,4 @@
-"""A transformer with experts inside its layers, trained by Pyper, for `transformers`."""
+"""A transformer, dense or with experts inside its layers, trained by Pyper."""
 
 from typing import ClassVar
 
@@ -6,11 +6,11 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_pyper_sparse import PyperSparseConfig
+from .configuration_pyper import PyperConfig
 from .pyper_layers import Decoder, History, KeyValues
 
 
-class SparseCache(KeyValues):
+class TextCache(KeyValues):
     """Keys, values and the tokens they belong to."""
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class SparseCache(KeyValues):
         self.history = History(self.history.tokens[beam_idx], self.history.real[beam_idx])
 
 
-class PyperSparseForCausalLM(PreTrainedModel, GenerationMixin):
-    """Sparse layers route by thresholds (or token choice), so logits are causal."""
+class PyperForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model: sparse layers route by thresholds, or by token choice."""
 
-    config_class = PyperSparseConfig
+    config_class = PyperConfig
     _keep_in_fp32_modules_strict: ClassVar = {"state"}
     _is_stateful = True  # the cache cannot go back: no assisted decoding
 
-    def __init__(self, config: PyperSparseConfig) -> None:
+    def __init__(self, config: PyperConfig) -> None:
         super().__init__(config)
         self.decoder = Decoder(config.shape)
         self.post_init()
@@ -42,7 +42,7 @@ class PyperSparseForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: SparseCache | None = None,
+        past_key_values: TextCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
@@ -52,7 +52,7 @@ class PyperSparseForCausalLM(PreTrainedModel, GenerationMixin):
 
         Each row is one text; padding (on either side) is where the attention mask is 0.
         """
-        cache = SparseCache() if use_cache and past_key_values is None else past_key_values
+        cache = TextCache() if use_cache and past_key_values is None else past_key_values
         history = History.of(input_ids, attention_mask, cache and cache.history)
         states = self.decoder.states(history, input_ids.shape[1], cache)
         if cache is not None:

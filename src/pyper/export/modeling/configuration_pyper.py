@@ -1,12 +1,12 @@
-"""Configuration of a sparse Pyper model."""
+"""Configuration of one of Pyper's transformers."""
 
 from transformers import PretrainedConfig
 
 
-class PyperSparseConfig(PretrainedConfig):
+class PyperConfig(PretrainedConfig):
     """`shape` holds everything about the layers; see `Decoder` in pyper_layers.py."""
 
-    model_type = "pyper_sparse"
+    model_type = "pyper"
 
     def __init__(self, shape: dict | None = None, **kwargs) -> None:
         self.shape = shape or {}

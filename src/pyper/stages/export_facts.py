@@ -1,0 +1,86 @@
+"""What a run knows about its model, for the model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyper.config import RunConfig, parse_run, read_toml
+from pyper.data.manifest import read_manifest
+from pyper.errors import PyperError
+from pyper.export.card import DomainFacts
+from pyper.mixture import MixtureSettings
+from pyper.stages.folder import read_json
+
+
+def run_around(model: Path) -> Path | None:
+    """The run folder that a model lies in, or is."""
+    return next((p for p in (model, model.parent) if (p / "run.toml").is_file()), None)
+
+
+def export_name(model: Path, expert: str | None) -> str:
+    """What to call it: the run or the folder, and the expert."""
+    folder = run_around(model.resolve()) or model.resolve()
+    return folder.name if expert is None else f"{folder.name}-{expert}"
+
+
+def domain_facts(run: Path | None) -> list[DomainFacts]:
+    """Training documents and tokens by domain; nothing where the data are gone."""
+    settings = _settings(run)
+    if settings is None:
+        return []
+    try:
+        domains = read_manifest(settings.data.path).domains
+    except PyperError:
+        return []
+    splits = {name: splits["train"] for name, splits in domains.items() if "train" in splits}
+    return [DomainFacts(name, entry.documents, entry.tokens) for name, entry in splits.items()]
+
+
+def recipe_facts(run: Path | None, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """How it was trained, as far as it is written down."""
+    settings = _settings(run)
+    if settings is None:
+        return {}
+    train = settings.train
+    steps = (evaluation or {}).get("steps", {})
+    facts: dict[str, Any] = {
+        "optimizer": train.optimizer,
+        "learning rate": train.learning_rate,
+        "schedule": train.schedule,
+        "tokens per step": train.global_batch_tokens,
+        "precision": train.precision,
+        "context": settings.data.seq_len,
+        "experts": settings.mixture.n_experts,
+        "documents divided by": settings.mixture.assign,
+    }
+    by_expert = [n for name, n in steps.items() if name.startswith("expert:")]
+    if by_expert:
+        facts["steps of the seed"] = steps.get("seed", 0)
+        facts["steps of each expert"] = ", ".join(map(str, by_expert))
+    return facts
+
+
+def evaluation_of(run: Path | None) -> dict[str, Any] | None:
+    """evaluation.json."""
+    saved = None if run is None else read_json(run / "evaluation.json")
+    return saved if isinstance(saved, dict) else None
+
+
+def mixing_in_words(settings: MixtureSettings) -> str:
+    """The rule of a mixture, in a line."""
+    if settings.mixing == "top1":
+        return (
+            f"one expert from token {settings.prefix_tokens} on, chosen by the `{settings.router}` "
+            "router; before that the posterior over all"
+        )
+    top_k = min(settings.top_k, settings.n_experts)
+    return (
+        f"at every token the {top_k} likeliest, w ∝ p^{settings.temperature:g} of the text so far"
+    )
+
+
+def _settings(run: Path | None) -> RunConfig | None:
+    try:
+        return None if run is None else parse_run(read_toml(run / "run.toml"))
+    except (PyperError, OSError, json.JSONDecodeError):
+        return None
