@@ -9,7 +9,9 @@ from pyper.cli.output import JsonOption, print_json, stderr, stdout
 
 
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="Folders or files of text.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders, files, or data sets: `hf:owner/name`.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="`bpe` (default), `bytes`, or a tokenizer.json.")
@@ -24,17 +26,40 @@ def prepare(
     ] = None,
     min_chars: Annotated[int | None, typer.Option(help="Leave out shorter documents.")] = None,
     split_by: Annotated[
-        str | None, typer.Option(help="How text files are cut: `document` or `blank-line`.")
+        str | None, typer.Option(help="How text files are cut: `document`, `blank-line` or `file`.")
     ] = None,
     text_key: Annotated[
-        str | None, typer.Option(help="The key of the text in .jsonl and .parquet.")
+        str | None, typer.Option(help="The key or column of the text (`text`).")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="What is where: `text=body,domain=source,messages=chat`."),
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter", help="Keep only these: `chars > 200 and lang == 'en'`. Repeatable."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="Jinja template for records with `messages` (the tokenizer's, or plain)."
+        ),
+    ] = None,
+    strict_tokenizer: Annotated[
+        bool, typer.Option("--strict-tokenizer", help="Refuse a tokenizer that changes text.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that tokenize (one per core); same output.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn text into token shards.
 
     A folder's sub-folders and files are its domains; files named train, valid and test keep that
-    split. Reads .txt, .jsonl (also .gz .xz .zst), .parquet and any other UTF-8 text.
+    split. Reads .txt, .jsonl, .csv, .tsv (also .gz .xz .zst), .parquet, .arrow, .feather, what
+    `datasets` saved, and any other UTF-8 text. Of chats, the answers are learned.
 
     Example: `pyper prepare texts/ -o data/mine --vocab-size 8192`
     """
@@ -46,6 +71,11 @@ def prepare(
         "min_chars": min_chars,
         "split_by": split_by,
         "text_key": text_key,
+        "columns": columns,
+        "filter": filters,
+        "chat_template": chat_template,
+        "strict_tokenizer": strict_tokenizer or None,
+        "workers": workers,
     }
     # Imported here: pydantic would double the time of `pyper --help`.
     from pyper.stages.prepare import (

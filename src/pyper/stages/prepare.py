@@ -1,11 +1,13 @@
 """Text to token shards, with progress and a summary."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pyper.config import PrepareConfig
@@ -27,6 +29,9 @@ def prepare_with_progress(
     sources: Sequence[Path], output: Path, config: PrepareConfig, console: Console
 ) -> DataManifest:
     """`prepare`, saying which pass it is in and how many documents it has seen."""
+    if config.workers:
+        # Read once, when the library's threads start: in this process nothing was tokenized yet.
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers)
     names = {"read": "reading", "write": "tokenizing"}
     with console.status("reading") as status:
         return prepare(
@@ -34,6 +39,9 @@ def prepare_with_progress(
             output,
             config,
             progress=lambda phase, done: status.update(f"{names[phase]}: {done:,} documents"),
+            warn=lambda message: console.print(
+                f"warning: {message}", highlight=False, markup=False
+            ),
         )
 
 
@@ -58,14 +66,17 @@ def data_summary(manifest: DataManifest, path: Path) -> dict[str, Any]:
 
 def data_table(manifest: DataManifest, path: Path) -> Table:
     """Documents and tokens by domain and split; below it what was mended or left out."""
-    left_out = {k: v for k, v in dict(manifest.counts).items() if v and k not in _TOTALS}
-    said = ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in left_out.items()) or "nothing"
+    left_out = {k: v for k, v in manifest.counts.items() if v and k not in _TOTALS}
+    said = ", ".join(f"{v:,} {_said(k)}" for k, v in left_out.items()) or "nothing"
+    learned = ""
+    if chats := manifest.counts.get("chats"):
+        learned = f"{chats:,} chats, of which the answers are learned\n"
     table = Table(
         title=f"{path}: {manifest.vocab_size:,} token types",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
-        caption=f"mended or left out: {said}",
+        caption=f"{learned}mended or left out: {escape(said)}",
     )
     table.add_column("domain", overflow="fold")
     for split in ("train", "valid", "test"):
@@ -84,4 +95,10 @@ def data_table(manifest: DataManifest, path: Path) -> Table:
     return table
 
 
-_TOTALS = {"files", "documents"}
+def _said(count: str) -> str:
+    """What a count is called; filters by their expression."""
+    kind, _, source = count.partition("filter: ")
+    return f"by filter `{source}`" if source else kind.replace("_", " ")
+
+
+_TOTALS = {"files", "documents", "chats"}
