@@ -1,5 +1,6 @@
 """`train.start_from`: training that goes on from a saved model."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,12 +108,29 @@ def test_another_tokenizer_is_refused(
     _is_one_line_with_a_way_out(caught.value, "--tokenizer")
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused(
+def test_a_checkpoint_of_another_tokenizer_is_refused_though_its_vocabulary_is_as_large(
     finished_run: Path, texts_folder: Path, tmp_path: Path
 ) -> None:
+    values = json.loads((finished_run / "mixture" / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    swapped = tmp_path / "swapped.json"
+    swapped.write_text(json.dumps(values))
+    prepare([texts_folder], tmp_path / "data", PrepareConfig(tokenizer=str(swapped)))
+    for place in ("seed/best", "experts/00/best"):
+        with pytest.raises(TokenizerError, match="another tokenizer") as caught:
+            open_quietly(going_on(finished_run / place, tmp_path / "on", tmp_path / "data"))
+        _is_one_line_with_a_way_out(caught.value, "mixture/tokenizer.json")
+
+
+def test_a_checkpoint_far_from_its_run_is_compared_by_its_vocabulary(
+    finished_run: Path, data_folder: Path, texts_folder: Path, tmp_path: Path
+) -> None:
     prepare([texts_folder], tmp_path / "bpe", PrepareConfig(vocab_size=300))
+    alone = shutil.copytree(finished_run / "seed" / "best", tmp_path / "alone")
+    open_quietly(going_on(alone, tmp_path / "same", data_folder))
     with pytest.raises(TokenizerError, match="257") as caught:
-        open_quietly(going_on(finished_run / "seed" / "best", tmp_path / "on", tmp_path / "bpe"))
+        open_quietly(going_on(alone, tmp_path / "on", tmp_path / "bpe"))
     _is_one_line_with_a_way_out(caught.value, "")
 
 

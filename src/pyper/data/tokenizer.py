@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from pyper.errors import StorageError, TokenizerError
 
 BOS = "<|bos|>"
-_KNOWN_BOS = (BOS, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
+KNOWN_BOS = (BOS, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
+"""What begins documents in tokenizers of others, where they do not say it themselves."""
 
 # Words, numbers of at most three digits, punctuation, line ends, spaces. Without the limit on
 # digits the vocabulary fills up with the years and the prices of the training text.
@@ -257,7 +258,7 @@ def _byte_level(model: models.Model) -> Tokenizer:
 def _find_or_add_bos(tokenizer: Tokenizer) -> int:
     # Only among the added tokens: a BPE of HTML may have a plain entry `<s>`, which is text.
     added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    for name in _KNOWN_BOS:
+    for name in (template_bos(tokenizer), *KNOWN_BOS):
         if name in added:
             _add_special(tokenizer, name)
             return int(added[name])
@@ -266,6 +267,17 @@ def _find_or_add_bos(tokenizer: Tokenizer) -> int:
     if index is None:
         raise TokenizerError(f"the tokenizer cannot hold the token {BOS}")
     return index
+
+
+def template_bos(tokenizer: Tokenizer) -> str | None:
+    """The special token that the tokenizer itself puts before every text, if there is one."""
+    processor = json.loads(tokenizer.to_str())["post_processor"] or {}
+    steps = processor.get("processors", [processor])
+    for step in steps:
+        if step.get("type") == "TemplateProcessing":
+            name: str | None = step["single"][0].get("SpecialToken", {}).get("id")
+            return name
+    return None
 
 
 def _add_special(tokenizer: Tokenizer, name: str) -> None:

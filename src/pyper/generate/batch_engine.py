@@ -8,7 +8,7 @@ from pyper.data import TextTokenizer
 from pyper.errors import PromptError
 from pyper.generate.decode_step import to_device
 from pyper.generate.draws import Draw, draw_tokens
-from pyper.generate.mixture_reader import MixtureReader
+from pyper.generate.mixture_reader import MixtureReader, Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running
 from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
@@ -45,6 +45,7 @@ class BatchEngine:
             fixed_shapes=fixed_shapes,
             drafter=drafter,
         )
+        self._stop_ids = frozenset((tokenizer.bos_id, *mixture.settings.stop_ids))
         self._payoff = Payoff()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, Running] = {}
@@ -95,9 +96,12 @@ class BatchEngine:
         by_text = {id(r.text): r for r in self._running.values()}
         ready = self._reader.advance([r.text for r in self._running.values()])
         return [
-            draw_tokens([by_text[id(text)] for text in said.texts], said)
+            self._draw([by_text[id(text)] for text in said.texts], said)
             for said in self._reader.predict(ready)
         ]
+
+    def _draw(self, rows: list[Running], said: Predictions) -> Draw:
+        return draw_tokens(rows, said, self.tokenizer.vocab_size)
 
     def _run_ahead(self, draws: list[Draw]) -> list[Draw]:
         """Read the tokens that are being drawn, and draw again, before the host has seen them.
@@ -119,7 +123,7 @@ class BatchEngine:
             tokens, scores = tokens[index], scores[index]
         texts, experts = [row.text for _, row in going], [last.experts[i] for i, _ in going]
         said = self._reader.read_ahead(texts, tokens, experts, scores)
-        return [] if said is None else [draw_tokens([row for _, row in going], said)]
+        return [] if said is None else [self._draw([row for _, row in going], said)]
 
     def _may_go_on(self, row: Running) -> bool:
         return row.is_last or row.request.sampling.repetition_penalty == 1.0
@@ -136,7 +140,7 @@ class BatchEngine:
             if not self._is_running(row):
                 continue
             token, log_prob, *scores = numbers
-            event = row.add(int(token), log_prob, others, self.tokenizer.bos_id)
+            event = row.add(int(token), log_prob, others, self._stop_ids)
             events.append(event)
             if event.finished is None:
                 self._reader.append(row.text, int(token), experts, scores)

@@ -47,9 +47,12 @@ class Draw:
         ]
 
 
-def draw_tokens(rows: list[Running], predictions: Predictions) -> Draw:
-    """Draw a token for each row, without waiting for a GPU."""
-    log_probs = predictions.log_probs
+def draw_tokens(rows: list[Running], predictions: Predictions, n_tokens: int) -> Draw:
+    """Draw a token for each row, without waiting for a GPU.
+
+    n_tokens: of the tokenizer; a model's tables may be longer, and no text has those entries.
+    """
+    log_probs = predictions.log_probs[:, :n_tokens]
     batch = _settings(tuple(row.request.sampling for row in rows), log_probs.device)
     chance = torch.cat([torch.rand(1, generator=row.chance) for row in rows])
     seen = None if batch.repetition_penalty is None else _seen(rows, log_probs)

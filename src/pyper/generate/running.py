@@ -1,5 +1,6 @@
 """A request that has been admitted: its text so far, and what each token adds."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,14 @@ class Running:
         """Whether the next token is the last, whatever it is."""
         return len(self.text.tokens) + 1 >= self.text.capacity
 
-    def add(self, token: int, log_prob: float, others: Alternatives, bos_id: int) -> Event:
-        """What one more token shows, and whether it ends the text: a new document, a stop string,
-        the limit."""
+    def add(
+        self, token: int, log_prob: float, others: Alternatives, stop_ids: Collection[int]
+    ) -> Event:
+        """What one more token shows, and whether it ends the text: a new document or another
+        stop token, a stop string, the limit."""
         finished: FinishReason | None = None
         shown = ""
-        if token == bos_id:
+        if token in stop_ids:
             finished = "stop"
         else:
             shown = self.shown.push(token)

@@ -18,6 +18,8 @@ class MixtureSettings(Section):
     """Names, in the order of the weights."""
     tokenizer_fingerprint: str
     bos_id: int
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a text beside `bos_id`: those of a model that came from elsewhere."""
     seq_len: int
     mixing: Mixing = "posterior"
     router: Router = "unigram"

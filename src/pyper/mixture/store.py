@@ -59,11 +59,12 @@ def save_mixture(
     counts: Tensor | None = None,
     router_models: Sequence[Transformer] = (),
     metadata: Mapping[str, Json] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a mixture, completely or not at all; weights are hard links where the disk allows.
 
-    counts: (E, V), for `router = "unigram"`. Raises StorageError, TokenizerError for experts of
-    different vocabularies.
+    counts: (E, V), for `router = "unigram"`. chat_template: kept beside the tokenizer. Raises
+    StorageError, TokenizerError for experts of different vocabularies.
     """
     _check_same_vocabulary(settings, sources, tokenizer)
     known: dict[str, FileEntry] = {}
@@ -71,6 +72,8 @@ def save_mixture(
     with write_folder_atomically(target, metadata=metadata, known=known) as folder:
         (folder / _CONFIG).write_text(settings.model_dump_json(indent=1) + "\n")
         tokenizer.save(folder / "tokenizer.json")
+        if chat_template is not None:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         for name, source in zip(expert_folders(settings), sources, strict=True):
             (folder / name).mkdir(parents=True)
             (folder / name / _CONFIG).write_text(source.config.model_dump_json(indent=1) + "\n")
@@ -171,11 +174,13 @@ def _load_router(
 def _check_same_vocabulary(
     settings: MixtureSettings, sources: Sequence[ExpertSource], tokenizer: TextTokenizer
 ) -> None:
+    # Tables may have more rows than there are tokens: many published models are padded.
+    n_rows = max(sources[0].config.vocab_size, tokenizer.vocab_size)
     for name, source in zip(settings.experts, sources, strict=True):
-        if source.config.vocab_size != tokenizer.vocab_size:
+        if source.config.vocab_size != n_rows:
             raise TokenizerError(
                 f"expert `{name}` has a vocabulary of {source.config.vocab_size:,}, "
-                f"the mixture's tokenizer {tokenizer.vocab_size:,}",
+                f"the mixture's tokenizer or first expert {n_rows:,}",
                 hint="all experts of a mixture share one tokenizer: train it on the same data",
             )
 

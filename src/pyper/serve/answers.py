@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -70,9 +70,11 @@ def who_wrote(experts: Sequence[str], events: Sequence[Event]) -> dict[str, Any]
 class TokenNames:
     """Tokens as they appear among log-probabilities."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, stop_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self.bos_id = tokenizer.bos_id
+        self.ends = frozenset((self.bos_id, *stop_ids))
+        """Tokens that end a text, and are no part of it."""
 
     def bytes_of(self, token: int) -> bytes:
         """What the token spells."""
@@ -147,7 +149,7 @@ class Answer:
         return [
             (event.token, event)
             for event in events
-            if event.token is not None and event.token != self.names.bos_id
+            if event.token is not None and event.token not in self.names.ends
         ]
 
 

@@ -56,6 +56,9 @@ class Service:
         """Tokens of prompt and answer together."""
         return self.mixture.settings.seq_len
 
+    def _token_names(self) -> TokenNames:
+        return TokenNames(self.tokenizer, self.mixture.settings.stop_ids)
+
     async def complete(self, body: CompletionBody) -> Begun:
         """Begin to answer /v1/completions."""
         expert = self.names.expert_of(body.model)
@@ -65,7 +68,7 @@ class Service:
             await self._tokens(p, "prompt", body.truncate_prompt_tokens) for p in body.prompt
         ]
         answer = CompletionAnswer(
-            body.model, self.names.experts, TokenNames(self.tokenizer), body.logprobs is not None
+            body.model, self.names.experts, self._token_names(), body.logprobs is not None
         )
         return await self._begin(answer, body, prompts, expert, body.logprobs, limit)
 
@@ -76,9 +79,11 @@ class Service:
         self._check_size(limit, body.n or 1)
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
         text = self.template.render(messages)
+        if mark := self.template.end_mark:
+            body = body.model_copy(update={"stop": [*body.stop, mark]})
         prompt = await self._tokens(text, "messages", body.truncate_prompt_tokens)
         answer = ChatAnswer(
-            body.model, self.names.experts, TokenNames(self.tokenizer), bool(body.logprobs)
+            body.model, self.names.experts, self._token_names(), bool(body.logprobs)
         )
         return await self._begin(answer, body, [prompt], expert, body.n_logprobs, limit)
 

@@ -51,7 +51,7 @@ def open_context(run: RunConfig, console: Console) -> Context:
     data = TokenData.open(run.data.path)
     device = pick_device(run.run.device)
     resolved = resolve_precision(resolve(run, data), device)
-    folder = open_run(resolved, data.manifest.fingerprint)
+    folder = open_run(resolved, data.manifest)
     return Context(resolved, data, folder, device, console)
 
 
@@ -59,7 +59,7 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
     """Fill in what the data decides: vocabulary, context, the document token, experts by folder."""
     manifest = data.manifest
     check_weights(run, data.domains)
-    if run.model.vocab_size not in (0, manifest.vocab_size):
+    if run.train.start_from is None and run.model.vocab_size not in (0, manifest.vocab_size):
         raise TokenizerError(
             f"`model.vocab_size` is {run.model.vocab_size:,}, the tokenizer of {run.data.path} "
             f"has {manifest.vocab_size:,} entries",
@@ -74,7 +74,9 @@ def resolve(run: RunConfig, data: TokenData) -> RunConfig:
         )
     if run.train.start_from is not None:
         start = open_start(run.train.start_from, manifest.tokenizer_fingerprint)
-        if start.config.vocab_size != manifest.vocab_size:
+        # Tables may have more rows than tokens, where the tokenizer is known to be theirs.
+        n_rows, n_tokens = start.config.vocab_size, manifest.vocab_size
+        if n_rows < n_tokens or (n_rows > n_tokens and not start.tokenizer_is_known):
             raise TokenizerError(
                 f"the model of `train.start_from` has a vocabulary of {start.config.vocab_size:,}, "
                 f"the tokenizer of {run.data.path} {manifest.vocab_size:,}",

@@ -16,6 +16,7 @@ from pyper import __version__
 from pyper.checkpoint import Json, read_manifest, storage_errors, verify_manifest
 from pyper.checkpoint import write_json_atomically as write_json
 from pyper.config import RunConfig, parse_run, read_toml
+from pyper.data.manifest import DataManifest
 from pyper.errors import CheckpointError, ConfigError, DataError, StorageError
 from pyper.stages.toml import to_toml
 
@@ -88,7 +89,7 @@ class RunFolder:
         return self.root / "routers" / f"{index:02d}"
 
 
-def open_run(run: RunConfig, data_fingerprint: str) -> RunFolder:
+def open_run(run: RunConfig, data: DataManifest) -> RunFolder:
     """Create the folder of a run, or check that an existing one has the same settings and data.
 
     Raises ConfigError that names the first setting that differs, DataError when the data are not
@@ -101,8 +102,9 @@ def open_run(run: RunConfig, data_fingerprint: str) -> RunFolder:
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
     _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
     if begun:
-        _refuse_other_data(folder.root, data_fingerprint)
-    write_json(folder.root / "run.json", {**_circumstances(), "data": data_fingerprint})
+        _refuse_other_data(folder.root, data.fingerprint)
+    made_of = {"data": data.fingerprint, "tokenizer": data.tokenizer_fingerprint}
+    write_json(folder.root / "run.json", {**_circumstances(), **made_of})
     return folder
 
 

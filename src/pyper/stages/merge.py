@@ -160,7 +160,11 @@ def save_model(output: Path, model: Transformer, context: Context) -> None:
 
 
 def save_single(
-    output: Path, model: Transformer, settings: MixtureSettings, tokenizer: TextTokenizer
+    output: Path,
+    model: Transformer,
+    settings: MixtureSettings,
+    tokenizer: TextTokenizer,
+    chat_template: str | None = None,
 ) -> None:
     """Write weights, then the mixture that holds them."""
     weights = output.with_name(f".{output.name}-weights")
@@ -168,6 +172,7 @@ def save_single(
         output.parent.mkdir(parents=True, exist_ok=True)
         with write_folder_atomically(weights) as folder:
             write_tensors(folder / "model.safetensors", model_tensors(model))
-        save_mixture(output, settings, [ExpertSource(model.config, weights)], tokenizer)
+        source = ExpertSource(model.config, weights)
+        save_mixture(output, settings, [source], tokenizer, chat_template=chat_template)
     finally:
         shutil.rmtree(weights, ignore_errors=True)

@@ -12,6 +12,7 @@ from pyper.config import ExpertConfig
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
 from pyper.mixture.expert_folder import read_expert_config
 from pyper.mixture.store import expert_folders, find_mixture, read_settings
+from pyper.stages.folder import read_json
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Start:
 
     config: ExpertConfig
     load: Callable[[], dict[str, Tensor]]
+    tokenizer_is_known: bool = True
+    """False: a checkpoint far from its run; only the size of the vocabulary can be compared."""
 
 
 def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
@@ -31,20 +34,47 @@ def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
     """
     if not path.exists():
         raise CheckpointError(
-            f"`train.start_from`: there is no {path}", hint="pass what `pyper merge -o` wrote"
+            f"`train.start_from`: there is no {path}",
+            hint="pass what `pyper merge -o` or `pyper import -o` wrote",
         )
     if (path / "state.json").is_file():
         state = load_checkpoint(path).state
         config = ExpertConfig.model_validate(state["model_config"])
-        return Start(config, partial(load_model_tensors, path))
+        own, file = _tokenizer_of_run(path)
+        _check_tokenizer(path, own, tokenizer_fingerprint, file)
+        return Start(config, partial(load_model_tensors, path), own is not None)
     mixture, name = _find_expert(path)
     own = read_settings(mixture).tokenizer_fingerprint
-    if tokenizer_fingerprint not in (None, own):
-        raise TokenizerError(
-            f"{path} was trained with another tokenizer than the data were prepared with",
-            hint=f"prepare them with `--tokenizer {mixture / 'tokenizer.json'}`",
-        )
+    _check_tokenizer(path, own, tokenizer_fingerprint, mixture / "tokenizer.json")
     return Start(read_expert_config(mixture / name / "config.json"), partial(_load, mixture, name))
+
+
+def _tokenizer_of_run(checkpoint: Path) -> tuple[str | None, Path | None]:
+    """The tokenizer's fingerprint of the run that a checkpoint is in, and its file if it is there.
+
+    None where the checkpoint was copied out of its run, or the run is from an older version.
+    """
+    for folder in checkpoint.resolve().parents:
+        if (folder / "run.json").is_file():
+            file = folder / "mixture" / "tokenizer.json"
+            own = (read_json(folder / "run.json") or {}).get("tokenizer")
+            if own is None and file.is_file():
+                own = read_settings(file.parent).tokenizer_fingerprint
+            return own, file if file.is_file() else None
+    return None, None
+
+
+def _check_tokenizer(
+    path: Path, own: str | None, of_data: str | None, tokenizer: Path | None
+) -> None:
+    if None in (own, of_data) or own == of_data:
+        return
+    where = tokenizer or "the tokenizer.json of the data that it was trained on"
+    raise TokenizerError(
+        f"`train.start_from`: {path} was trained with another tokenizer than the data were "
+        "prepared with: the same ids mean other words",
+        hint=f"prepare them with `--tokenizer {where}`",
+    )
 
 
 def _find_expert(path: Path) -> tuple[Path, str]:
