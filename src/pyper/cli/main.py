@@ -11,7 +11,9 @@ from pyper.cli import (
     chat,
     doctor,
     evaluate,
+    export,
     generate,
+    import_,
     inspect,
     merge,
     mix,
@@ -40,6 +42,7 @@ for command in (
     train.train,
     mix.mix,
     merge.merge,
+    export.export,
     evaluate.evaluate,
     generate.generate,
     chat.chat,
@@ -47,6 +50,7 @@ for command in (
     inspect.inspect,
 ):
     app.command()(command)
+app.command("import")(import_.import_)
 
 
 def _show_version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pyper.config import ExpertConfig, RopeScaling
 from pyper.config.expert import SCALING_KEYS
+from pyper.config.load import validate
 
 _LENGTH = "original_max_position_embeddings"
 
@@ -37,7 +38,7 @@ def own_scaling(kind: str, values: Mapping[str, Any]) -> RopeScaling:
         for own in SCALING_KEYS[kind]
         if (value := values.get(_foreign_name(own))) is not None
     }
-    return RopeScaling.model_validate({"kind": kind, "factor": values.get("factor"), **given})
+    return validate(RopeScaling, {"kind": kind, "factor": values.get("factor"), **given})
 
 
 def _foreign_name(own: str) -> str:
