@@ -59,7 +59,8 @@ class PrepareConfig(Section):
         default_factory=dict
     )
     """Which key or column is the text, the messages of a chat, the domain:
-    `text=body,domain=source`. With dots into what is nested: `domain=meta.source`."""
+    `text=body,domain=source`. With dots into what is nested, and `|` between
+    names of which the first that is there counts: `text=body|text,domain=meta.source`."""
     filter: tuple[str, ...] = ()
     """Only documents for which every expression holds: `chars > 200 and lang == 'en'`."""
     chat_template: Path | None = None

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pyper.errors import ConfigError, MissingExtraError, PromptError
 
 MAX_TEMPLATE_CHARS = 64 << 10
+_ANY_ANSWER = "an answer like no other"
+_MAX_MARK_CHARS = 64
 TEMPLATE_FILE = "chat_template.jinja"
 
 PLAIN_TEMPLATE = (
@@ -51,6 +54,19 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way that Python can
             raise PromptError(f"the chat template fails on these messages: {error}") from None
         return text
+
+    @cached_property
+    def end_mark(self) -> str:
+        """What the template writes behind an answer, without spaces; where a reply should stop."""
+        question = {"role": "user", "content": "?"}
+        answer = {"role": "assistant", "content": _ANY_ANSWER}
+        if self._template is None:
+            return ""
+        try:
+            text = self.render([question, answer], add_generation_prompt=False)
+        except PromptError:
+            return ""
+        return text.rpartition(_ANY_ANSWER)[2].strip()[:_MAX_MARK_CHARS]
 
 
 def read_template(file: Path) -> str:

@@ -39,3 +39,9 @@ class ReadCounts:
             if values[name] == 0:
                 del values[name]
         return values | {f"filter: {source}": n for source, n in filtered.items()}
+
+
+def say_count(name: str) -> str:
+    """What a count is called for people; of a filter by its expression."""
+    kind, _, source = name.partition("filter: ")
+    return f"left out by the filter `{source}`" if source else kind.replace("_", " ")

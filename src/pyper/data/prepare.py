@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pyper.config import PrepareConfig
 from pyper.data.chat_template import TEMPLATE_FILE
 from pyper.data.chats import Chats, Span
-from pyper.data.counts import ReadCounts
+from pyper.data.counts import ReadCounts, say_count
 from pyper.data.digest_set import DigestSet
 from pyper.data.manifest import (
     MANIFEST,
@@ -314,7 +314,7 @@ def _check_training_text(splits: dict[str, dict[Split, SplitEntry]], counts: Rea
 
 
 def _empty(message: str, counts: ReadCounts) -> DataError:
-    seen = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.as_dict().items() if n)
+    seen = ", ".join(f"{n:,} {say_count(name)}" for name, n in counts.as_dict().items() if n)
     return DataError(
         f"{message} ({seen} in all)", hint="add text to it, or leave it out of the sources"
     )

@@ -73,8 +73,8 @@ class _Reader:
         self._config, self._counts, self._chats = config, counts, chats
         self.filters = [Filter(source) for source in config.filter]
         counts.filtered = dict.fromkeys(config.filter, 0)
-        self._text_key = config.columns.get("text", config.text_key)
-        self._domain_key = config.columns.get("domain")
+        self._text_keys = config.columns.get("text", config.text_key).split("|")
+        self._domain_keys = [key for key in config.columns.get("domain", "").split("|") if key]
         self._domains: set[str] = set()
 
     def read(self, file: SourceFile) -> Iterator[Document]:
@@ -126,12 +126,11 @@ class _Reader:
 
     def _wanted(self) -> Wanted:
         """Columns that are asked for."""
-        texts = [self._text_key, self._text_key.split(".")[0], *self._chats.keys]
+        texts = [*_with_roots(self._text_keys), *self._chats.keys]
         names = [name for each in self.filters for name in each.fields]
         if any(each.asks_for_all for each in self.filters):
             names.append("")  # no column is called that: all are read
-        domain = self._domain_key or ""
-        return Wanted(texts, names, [domain, domain.split(".")[0]])
+        return Wanted(texts, names, _with_roots(self._domain_keys))
 
     def _text_or_chat(
         self, record: Mapping[str, Any], where: str, *, strict: bool
@@ -140,14 +139,15 @@ class _Reader:
 
         With `strict`, a record without the key is refused.
         """
+        key = next((key for key in self._text_keys if has(record, key)), None)
         chat = self._chats.key_in(record)
-        if chat is not None and (self._chats.is_named or self._text_key not in record):
+        if chat is not None and (self._chats.is_named or key is None):
             return self._render(record[chat])
-        value = look_up(record, self._text_key)
-        if value is None and not has(record, self._text_key):
+        if key is None:
             if strict:
-                raise _missing_key(where, self._text_key, record)
+                raise _missing_key(where, "|".join(self._text_keys), record)
             return None
+        value = look_up(record, key)
         if value is not None and not isinstance(value, str):
             return None
         return clean(value or "", self._counts), None
@@ -191,18 +191,25 @@ class _Reader:
 
     def _domain(self, record: Mapping[str, Any], file: SourceFile) -> str:
         """The file's domain, or what a column says, as the name of a file."""
-        value = None if self._domain_key is None else look_up(record, self._domain_key)
-        if value is None or value == "":
+        found = (look_up(record, key) for key in self._domain_keys)
+        value = next((value for value in found if value not in (None, "")), None)
+        if value is None:
             return file.domain
         name = _UNSAFE.sub("_", str(value)[:_MAX_DOMAIN_CHARS]).strip(". ") or "_"
         self._domains.add(name)
         if len(self._domains) > _MAX_DOMAINS:
+            key = "|".join(self._domain_keys)
             raise DataError(
-                f"{file.path}: `{self._domain_key}` has more than {_MAX_DOMAINS:,} values, like "
-                f"`{name}`: that is no domain",
+                f"{file.path}: `{key}` has more than {_MAX_DOMAINS:,} values, like `{name}`: that is "
+                "no domain",
                 hint="name another one, `--columns domain=NAME`",
             )
         return name
+
+
+def _with_roots(keys: Sequence[str]) -> list[str]:
+    """Keys, and for `meta.source` also the column `meta`."""
+    return [*keys, *(key.split(".")[0] for key in keys)]
 
 
 def look_up(record: Mapping[str, Any], key: str) -> Any:

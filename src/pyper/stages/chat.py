@@ -74,7 +74,10 @@ class Conversation:
         # A long conversation keeps its end, and the answer always has room.
         keep = context - min(self._sampling.max_new_tokens, context // 2)
         prompt = encode_text(self.model.tokenizer, text, context, keep=max(1, keep), param="")
-        sampling = replace(self._sampling, seed=(self._sampling.seed + self._n_answers) % 2**63)
+        mark = self._template.end_mark
+        stop = (*self._sampling.stop, mark) if mark else self._sampling.stop
+        seed = (self._sampling.seed + self._n_answers) % 2**63
+        sampling = replace(self._sampling, seed=seed, stop=stop)
         return Request(prompt, sampling, self.expert)
 
 

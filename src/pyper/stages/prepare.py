@@ -13,6 +13,7 @@ from rich.table import Table
 from pyper.config import PrepareConfig
 from pyper.config.load import validate
 from pyper.data import DataManifest, prepare
+from pyper.data.counts import say_count
 from pyper.errors import ConfigError
 
 
@@ -67,7 +68,7 @@ def data_summary(manifest: DataManifest, path: Path) -> dict[str, Any]:
 def data_table(manifest: DataManifest, path: Path) -> Table:
     """Documents and tokens by domain and split; below it what was mended or left out."""
     left_out = {k: v for k, v in manifest.counts.items() if v and k not in _TOTALS}
-    said = ", ".join(f"{v:,} {_said(k)}" for k, v in left_out.items()) or "nothing"
+    said = ", ".join(f"{v:,} {say_count(k)}" for k, v in left_out.items()) or "nothing"
     learned = ""
     if chats := manifest.counts.get("chats"):
         learned = f"{chats:,} chats, of which the answers are learned\n"
@@ -93,12 +94,6 @@ def data_table(manifest: DataManifest, path: Path) -> Table:
         ratio = sum(e.bytes for e in splits.values()) / max(1, tokens)
         table.add_row(domain, *cells, f"{ratio:.2f}")
     return table
-
-
-def _said(count: str) -> str:
-    """What a count is called; filters by their expression."""
-    kind, _, source = count.partition("filter: ")
-    return f"by filter `{source}`" if source else kind.replace("_", " ")
 
 
 _TOTALS = {"files", "documents", "chats"}
