@@ -31,12 +31,14 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_b
 
 
 def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
+    path = _part(folder, number)
     try:
-        save_file(tensors, _part(folder, number), metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise StorageError(
             f"cannot write the weights: {error}", hint="free some space, or write elsewhere"
         ) from None
+    path.chmod(folder.stat().st_mode & 0o666)  # the library lets nobody else read it
     return list(tensors)
 
 

@@ -28,6 +28,7 @@ from pyper.stages.export_check import check_exported, require_transformers, samp
 from pyper.stages.export_facts import (
     domain_facts,
     evaluation_of,
+    evaluation_of_expert,
     export_name,
     mixing_in_words,
     recipe_facts,
@@ -221,8 +222,10 @@ def _write_card(
 ) -> None:
     mixture, run = source.mixture, run_around(source.path)
     config, several = mixture.expert(0).config, mixture.n_experts > 1
-    # An expert's numbers are not the run's.
-    evaluation = evaluation_of(run) if options.expert is None else None
+    evaluation = evaluation_of(run)
+    recipe = recipe_facts(run, evaluation)
+    if options.expert is not None:
+        evaluation = evaluation_of_expert(evaluation, mixture.settings.experts[0])
     kind = "a sparse" if config.kind == "sparse" else "one dense"
     facts = CardFacts(
         name=source.name,
@@ -240,7 +243,7 @@ def _write_card(
         has_chat_template=source.chat_template is not None,
         license_name=options.license_name,
         domains=domain_facts(run),
-        recipe=recipe_facts(run, evaluation_of(run)),
+        recipe=recipe,
         evaluation=evaluation,
         notes=notes,
     )

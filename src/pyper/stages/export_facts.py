@@ -66,6 +66,18 @@ def evaluation_of(run: Path | None) -> dict[str, Any] | None:
     return saved if isinstance(saved, dict) else None
 
 
+def evaluation_of_expert(report: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """The numbers of one expert alone, as evaluation.json has those of one model."""
+    if report is None or name not in report["expert_names"]:
+        return None
+    number = report["expert_names"].index(name)
+    by_domain = {
+        domain: row | {"experts": [row["experts"][number]]}
+        for domain, row in report["by_domain"].items()
+    }
+    return report | {"experts": [report["experts"][number]], "by_domain": by_domain}
+
+
 def mixing_in_words(settings: MixtureSettings) -> str:
     """The rule of a mixture, in a line."""
     if settings.mixing == "top1":
