@@ -10,6 +10,7 @@ from torch import Tensor
 from pyper.checkpoint import load_checkpoint, read_manifest, read_tensors
 from pyper.config import ExpertConfig
 from pyper.data import TextTokenizer
+from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
 from pyper.mixture import ExpertSource, MixtureSettings, find_mixture, save_mixture
 from pyper.mixture.expert_folder import read_expert_config
@@ -77,6 +78,7 @@ def change_mixture(
         [m.source for m in members],
         tokenizer,
         counts=torch.stack(counts) if settings.router == "unigram" else None,
+        chat_template=find_template(folder),
     )
     return changed
 

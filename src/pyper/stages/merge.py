@@ -13,6 +13,7 @@ from torch import Tensor
 from pyper.checkpoint import write_folder_atomically, write_tensors
 from pyper.config import SparseConfig, load_run
 from pyper.data import Documents, Packing, TextTokenizer
+from pyper.data.chat_template import find_template
 from pyper.errors import ConfigError
 from pyper.evaluate import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.merge import (
@@ -25,7 +26,13 @@ from pyper.merge import (
     merge_experts,
     upcycle,
 )
-from pyper.mixture import ExpertSource, MixtureSettings, load_mixture, save_mixture
+from pyper.mixture import (
+    ExpertSource,
+    MixtureSettings,
+    find_mixture,
+    load_mixture,
+    save_mixture,
+)
 from pyper.mixture.expert_folder import model_tensors
 from pyper.nn import Transformer
 from pyper.stages.assign import assign
@@ -102,7 +109,9 @@ def add_to_merged(model: Path, expert: Path, name: str, output: Path, device: st
             f"{expert} has no expert `{name}`", hint=f"it has {', '.join(other.settings.experts)}"
         )
     grown = add_expert(mixture.expert(0), other.expert(other.settings.experts.index(name)))
-    save_single(output, grown, mixture.settings, tokenizer)
+    save_single(
+        output, grown, mixture.settings, tokenizer, chat_template=find_template(find_mixture(model))
+    )
     return {"path": str(output), "n_experts": grown.config.routing.n_experts}
 
 
@@ -156,7 +165,8 @@ def save_model(output: Path, model: Transformer, context: Context) -> None:
         router="experts",
         top_k=1,
     )
-    save_single(output, model, settings, context.tokenizer())
+    template = find_template(context.data.path)
+    save_single(output, model, settings, context.tokenizer(), chat_template=template)
 
 
 def save_single(

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from pyper.checkpoint import Json
+from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError
 from pyper.evaluate import fit_temperature, held_out_windows, score_held_out
 from pyper.mixture import (
@@ -50,6 +51,7 @@ def mix(context: Context, assigned: ExpertData) -> Path:
         counts=assigned.counts if settings.router == "unigram" else None,
         router_models=router_models,
         metadata=metadata,
+        chat_template=find_template(context.data.path),
     )
     return target
 

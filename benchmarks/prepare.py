@@ -1,0 +1,127 @@
+"""How fast `pyper prepare` is, and how much memory it takes, on text made up here.
+
+    python benchmarks/prepare.py [--json FILE] [--megabytes 200] [--workers 1 2] [--folder /tmp]
+
+Each row is a process of its own, `pyper prepare` of one `.jsonl` as a user would start it; `peak` is
+the most memory it held. The targets: 5 MB/s with two cores, and a peak that does not grow with the
+text. `reading` is one pass without tokenizing, of which a run makes two.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _record import add_json_option, write_record
+
+from pyper.config import PrepareConfig
+from pyper.data import ReadCounts, read_documents
+
+WORDS = 30_000
+
+
+def make_text(path: Path, megabytes: float) -> int:
+    """Documents of 20 to 2,000 words, whose frequencies follow Zipf's law; returns how many."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    share = 1 / np.arange(1, len(letters) + 1)
+    words = [
+        "".join(rng.choice(letters, size=n, p=share / share.sum()))
+        for n in rng.integers(1, 11, size=WORDS)
+    ]
+    odds = 1 / np.arange(1, WORDS + 1)
+    cumulative = np.cumsum(odds / odds.sum())
+    written, n = 0, 0
+    with path.open("w", encoding="utf-8") as stream:
+        while written < megabytes * 1e6:
+            size = int(rng.integers(20, 2000))
+            picked = np.searchsorted(cumulative, rng.random(size))
+            text = f"{n}. " + " ".join(words[min(i, WORDS - 1)] for i in picked)
+            line = json.dumps({"text": text.replace(" zq", ".\n")})
+            written += stream.write(line + "\n")
+            n += 1
+    return n
+
+
+def measure_reading(path: Path) -> float:
+    """MB/s of one pass of reading, cleaning and nothing else."""
+    start = time.perf_counter()
+    for _ in read_documents([path], PrepareConfig(), ReadCounts()):
+        pass
+    return path.stat().st_size / (time.perf_counter() - start) / 1e6
+
+
+def measure(path: Path, folder: Path, tokenizer: str, workers: int) -> dict[str, float | str | int]:
+    """One `pyper prepare`: MB/s and peak memory."""
+    output = folder / f"data-{tokenizer}-{workers}"
+    command = [sys.executable, "-m", "pyper.cli.main", "prepare", str(path), "-o", str(output)]
+    command += ["--tokenizer", tokenizer, "--workers", str(workers), "--json"]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return {
+        "tokenizer": tokenizer,
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "mb_per_second": round(path.stat().st_size / seconds / 1e6, 2),
+        "peak_mb": round(usage.ru_maxrss * _RSS_UNIT / 1e6),
+        "fingerprint": json.loads(said)["fingerprint"],
+    }
+
+
+# Linux counts in kB, macOS in bytes.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokenizers", nargs="+", default=["bpe", "bytes"])
+    parser.add_argument("--folder", type=Path, help="where the text goes (deleted afterwards)")
+    add_json_option(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        n = make_text(folder / "text.jsonl", args.megabytes)
+        size = (folder / "text.jsonl").stat().st_size
+        print(f"{size / 1e6:,.0f} MB in {n:,} documents")
+        reading = measure_reading(folder / "text.jsonl")
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e6
+        print(f"reading alone: {reading:.0f} MB/s, peak {own:,.0f} MB with torch loaded")
+        print(f"{'tokenizer':<10}{'workers':>8}{'seconds':>10}{'MB/s':>8}{'peak MB':>9}")
+        rows = []
+        for tokenizer in args.tokenizers:
+            for workers in args.workers:
+                row = measure(folder / "text.jsonl", folder, tokenizer, workers)
+                rows.append(row)
+                print(
+                    f"{tokenizer:<10}{workers:>8}{row['seconds']:>10}{row['mb_per_second']:>8}"
+                    f"{row['peak_mb']:>9}",
+                    flush=True,
+                )
+        for tokenizer in args.tokenizers:
+            found = {r["fingerprint"] for r in rows if r["tokenizer"] == tokenizer}
+            assert len(found) == 1, "the output depends on the number of workers"
+    write_record(
+        args.json, {"megabytes": size / 1e6, "reading_mb_per_second": reading, "rows": rows}
+    )
+
+
+if __name__ == "__main__":
+    main()
