@@ -35,7 +35,7 @@ from pyper.generate import (
     SamplingConfig,
     with_narrow_weights,
 )
-from pyper.generate.decode_step import after, before, last
+from pyper.generate.usual_layers import after, before, last
 from pyper.mixture import Mixture, MixtureSettings
 from pyper.nn import PAGE_TOKENS, Transformer, init_weights
 from pyper.nn.rope import rotation

@@ -10,11 +10,14 @@ from torch._dynamo.testing import CompileCounter
 from generate.test_batch_engine import ask, run
 from generate.test_mixture_decoding import decode, texts
 from generate.test_writing_text import BYTES, scripted, small_bytes
+from kernels.on_triton import kernels, needs_triton
 from mixture.small_mixtures import MODES, small_mixture
 from nn.small_experts import BOS, small_expert, text_of
 from pyper.config import RopeScaling, SparseConfig
 from pyper.generate import BatchEngine, EngineLimits, SamplingConfig
-from pyper.generate.decode_step import DecodeStep, after, before, has_fixed_shapes, last
+from pyper.generate.decode_step import DecodeStep, has_fixed_shapes
+from pyper.generate.thin_layers import ThinLayers
+from pyper.generate.usual_layers import after, before, last
 from pyper.nn import KVCache
 
 SHAPES: list[dict[str, Any]] = [
@@ -31,23 +34,56 @@ SHAPES: list[dict[str, Any]] = [
     {"no_rope_layers": (1,), "rope_scaling": RopeScaling(kind="llama3", factor=8.0)},
 ]
 
+THIN = [*SHAPES[:3], SHAPES[4], {"no_rope_layers": (0,), "qk_norm": True, "activation": "relu2"}]
 
-@pytest.mark.parametrize("shape", SHAPES)
+
+@pytest.mark.parametrize(
+    ("shape", "thin"), [*((shape, False) for shape in SHAPES), *((shape, True) for shape in THIN)]
+)
 @torch.no_grad()
-def test_steps_equal_the_whole_whatever_the_lengths_of_the_rows(shape: dict[str, Any]) -> None:
+def test_steps_equal_the_whole_whatever_the_lengths_of_the_rows(
+    shape: dict[str, Any], thin: bool
+) -> None:
     model, tokens = small_expert(**shape), text_of(3, 40)
     tokens[:, 0] = BOS
     whole = model(tokens).log_softmax(-1)
     cache = KVCache.allocate(model.config, 3, 40, device=model.device, dtype=model.dtype)
     start = torch.tensor([1, 15, 16])
     model.extend(tokens[:, :16], cache, start)
-    step = DecodeStep(model, cache.store, 4, 48)  # one row stays empty
+    step = DecodeStep(model, cache.store, 4, 48, thin=thin)  # one row stays empty
     for t in range(24):
         at = (start + t).tolist()
         rows = [(int(tokens[r, p]), p, list(cache.pages[r])) for r, p in enumerate(at)]
         got = step.run(model, rows)
         expected = torch.stack([whole[r, p] for r, p in enumerate(at)])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", THIN)
+@torch.no_grad()
+def test_thin_layers_say_the_same_as_kernels(shape: dict[str, Any]) -> None:
+    model, tokens = small_expert(**shape).to(torch.bfloat16), text_of(2, 20)
+    cache = KVCache.allocate(model.config, 2, 32, device=model.device, dtype=model.dtype)
+    model.extend(tokens[:, :16], cache, torch.tensor([16, 9]))
+    rows = [(int(tokens[r, p]), p, list(cache.pages[r])) for r, p in enumerate((16, 9))]
+    expected = DecodeStep(model, cache.store, 2, 32, thin=False).run(model, rows)
+    with kernels():
+        assert ThinLayers.pay_for(model, 2)
+        got = DecodeStep(model, cache.store, 2, 32).run(model, rows)
+    assert (got - expected).norm() / expected.norm() < 0.01
+    assert not torch.equal(got, expected)  # else no kernel ran
+
+
+def test_thin_layers_are_for_few_rows_of_blocks_whose_norms_come_first() -> None:
+    model = small_expert().to(torch.bfloat16)
+    assert not ThinLayers.pay_for(model, 1)  # there are no kernels here
+    with kernels():
+        assert ThinLayers.pay_for(model, 64)
+        assert not ThinLayers.pay_for(model, 128)
+        assert not ThinLayers.pay_for(model.float(), 1)
+    assert not ThinLayers.fit(small_expert(**SHAPES[3]).config)
+    assert not ThinLayers.fit(small_expert(qk_norm=True, qk_norm_over="projection").config)
 
 
 def test_only_dense_experts_have_fixed_shapes() -> None:

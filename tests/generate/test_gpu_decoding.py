@@ -55,17 +55,28 @@ def test_eight_bit_experts_write_what_they_write_on_a_cpu(compiled: bool, narrow
     assert got == expected
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        *(
+            (dtype, how)
+            for dtype in (torch.float32, torch.bfloat16)
+            for how in ("usual", "compiled")
+        ),
+        (torch.bfloat16, "thin"),
+    ],
+)
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_a_recorded_step_equals_the_whole(batch: int, dtype: torch.dtype, compiled: bool) -> None:
+def test_a_recorded_step_equals_the_whole(batch: int, dtype: torch.dtype, how: str) -> None:
     model, tokens = small_expert(**SHAPE).to("cuda", dtype), text_of(batch, 40, vocab_size=257)
     whole = model(tokens.cuda()).float().log_softmax(-1)
     cache = KVCache.allocate(model.config, batch, 40, device=model.device, dtype=dtype)
     start = torch.tensor([1, 15, 17][:batch])
     model.extend(tokens[:, :17].cuda(), cache, start)
-    step = DecodeStep(model, cache.store, 4 if batch > 1 else 1, 48, compiled=compiled)
+    rows = 4 if batch > 1 else 1
+    given = {"compiled": how == "compiled", "thin": how == "thin"}
+    step = DecodeStep(model, cache.store, rows, 48, **given)
     limit = 1e-5 if dtype == torch.float32 else 0.05
     for t in range(22):
         at = (start + t).tolist()

@@ -1,0 +1,94 @@
+"""All layers for one token of each of a few texts: five kernels a layer, which stream the weights.
+
+What stands between the products (norms, RoPE, activation, residual) is done inside them: alone each
+would be a launch and a pause of the memory, which is what a token of few texts waits for.
+"""
+
+import torch
+from torch import Tensor
+
+from pyper.config import ExpertConfig
+from pyper.generate.narrow_weights import thin_weight
+from pyper.kernels import InputNorm, Turn, launch, paged_attention, thin_linear
+from pyper.kernels.thin_linear import MOST_ROWS
+from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.nn.attention import Attention
+from pyper.nn.block import Block
+from pyper.nn.feed_forward import FeedForward
+from pyper.nn.norm import RMSNorm
+from pyper.nn.rope import rotation
+
+
+class ThinLayers:
+    """The same function as `UsualLayers`, of blocks whose norms come first."""
+
+    def __init__(self, config: ExpertConfig, n_positions: int, device: torch.device) -> None:
+        every = torch.arange(n_positions, device=device)
+        turns = rotation(every, config.dim_per_head, config.rope_theta, config.rope_scaling)
+        self._cos, self._sin = (turn.contiguous() for turn in turns)
+        # A layer without positions turns by nothing.
+        self._ones, self._zeros = torch.ones_like(self._cos), torch.zeros_like(self._sin)
+
+    @staticmethod
+    def fit(config: ExpertConfig) -> bool:
+        """Whether the kernels can be the layers of such an expert."""
+        by_head = not config.qk_norm or config.qk_norm_over == "head"
+        return config.kind == "dense" and config.norm_position == "pre" and by_head
+
+    @staticmethod
+    def pay_for(model: Transformer, batch: int) -> bool:
+        """Whether they run where the model is, and a batch is small enough."""
+        weight = model.embedding.weight
+        narrow = weight.dtype == torch.bfloat16 and batch <= MOST_ROWS
+        return narrow and launch.runs_triton(weight) and ThinLayers.fit(model.config)
+
+    def __call__(
+        self, model: Transformer, store: KVStore, tokens: Tensor, positions: Tensor, pages: Tensor
+    ) -> Tensor:
+        """log p (B, V) float32 after tokens (B,) at positions (B,) of texts in pages (B, n)."""
+        x = model.embedding(tokens)
+        for layer, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            x = self._attend(block, x, store.keys[layer], store.values[layer], positions, pages)
+            x = _feed_forward(block, x)
+        logits = thin_linear(x, thin_weight(model.head), norm=_input_norm(model.norm))
+        return logits.float().log_softmax(dim=-1)
+
+    def _attend(
+        self,
+        block: Block,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        pages: Tensor,
+    ) -> Tensor:
+        attention = block.attention
+        assert isinstance(attention, Attention)
+        norm = _input_norm(block.attention_norm)
+        parts = thin_linear(x, thin_weight(attention.qkv), norm=norm).split(attention.widths, dim=1)
+        K = keys.shape[-1]
+        query, key, value = (part.unflatten(1, (-1, K)) for part in parts)
+        turn = self._turn_of(attention)
+        mixed = paged_attention(
+            query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn
+        )
+        return thin_linear(mixed.flatten(1), thin_weight(attention.out), residual=x)
+
+    def _turn_of(self, attention: Attention) -> Turn:
+        cos, sin = (self._cos, self._sin) if attention.rotates else (self._ones, self._zeros)
+        if attention.q_norm is None or attention.k_norm is None:
+            return Turn(cos, sin)
+        gains = (attention.q_norm.weight, attention.k_norm.weight)
+        return Turn(cos, sin, gains, attention.q_norm.eps)
+
+
+def _feed_forward(block: Block, x: Tensor) -> Tensor:
+    inner, norm = block.feed_forward, _input_norm(block.feed_forward_norm)
+    assert isinstance(inner, FeedForward)
+    hidden = thin_linear(x, thin_weight(inner.up), norm=norm, activation=inner.activation)
+    return thin_linear(hidden, thin_weight(inner.down), residual=x)
+
+
+def _input_norm(norm: RMSNorm) -> InputNorm:
+    return InputNorm(norm.weight, norm.eps)
