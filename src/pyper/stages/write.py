@@ -65,7 +65,7 @@ def open_model(
     if mixing is not None:
         mixture.settings = _with_mixing(mixture.settings, mixing)
     if expert is not None:
-        mixture = _only(mixture, expert)
+        mixture = only_expert(mixture, expert)
     return OpenModel(mixture, tokenizer)
 
 
@@ -87,7 +87,8 @@ def find_expert(names: Sequence[str], wanted: str) -> int:
     )
 
 
-def _only(mixture: Mixture, expert: str) -> Mixture:
+def only_expert(mixture: Mixture, expert: str) -> Mixture:
+    """One expert as a mixture of one. Raises ConfigError."""
     names = mixture.settings.experts
     index = find_expert(names, expert)
     settings = mixture.settings.model_copy(
