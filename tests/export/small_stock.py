@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyper.nn import Transformer
+from pyper.data import TextTokenizer
+from pyper.nn import KVCache, Transformer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -16,7 +17,7 @@ with warnings.catch_warnings():
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-VOCAB, CONTEXT = 61, 64
+VOCAB, CONTEXT = 257, 64  # as many as the byte tokenizer has
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -110,14 +111,40 @@ def open_stock(folder: Path) -> PreTrainedModel:
     ).eval()
 
 
+def save_stock(folder: Path, model: PreTrainedModel, *, sharded: bool = False) -> Path:
+    """As somebody publishes it, with a tokenizer of bytes."""
+    model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    TextTokenizer.bytes_only().save(folder / "tokenizer.json")
+    return folder
+
+
 def some_tokens(rows: int, length: int) -> Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def logit_difference(ours: Transformer, theirs: PreTrainedModel) -> float:
-    """The largest, over whole contexts."""
+    """The largest over whole contexts, as a share of the largest logit where that is above 1."""
     tokens = some_tokens(2, ours.config.seq_len) % ours.config.vocab_size
-    own = ours(tokens)
+    own, expected = ours(tokens), theirs(tokens).logits
     assert own.std() > 0.3  # flat logits would agree whatever the weights
-    return float((own - theirs(tokens).logits).abs().max())
+    return float((own - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+@torch.no_grad()
+def our_text(model: Transformer, prompt: Tensor, length: int) -> Tensor:
+    """Greedy, up to `length` tokens, every token read once and kept in the cache."""
+    rows = len(prompt)
+    cache = KVCache.allocate(model.config, rows, length, device=model.device, dtype=model.dtype)
+    tokens, new = prompt, prompt
+    while tokens.shape[1] < length:
+        new = model.head(model.extend(new, cache)[:, -1:]).argmax(dim=-1)
+        tokens = torch.cat((tokens, new), dim=1)
+    return tokens
+
+
+@torch.no_grad()
+def their_text(model: PreTrainedModel, prompt: Tensor, length: int) -> Tensor:
+    """What `generate` of transformers makes of it, with its cache."""
+    model.generation_config.eos_token_id = None
+    return model.generate(prompt, max_length=length, do_sample=False, use_cache=True)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from export.small_stock import logit_difference, open_stock
-from nn.small_experts import small_expert
+from export.small_stock import logit_difference, open_stock, our_text, their_text
+from nn.small_experts import small_expert, text_of
 from pyper.config import RopeScaling, SparseConfig
 from pyper.errors import ConfigError
 from pyper.export import export_expert
@@ -63,6 +63,8 @@ def test_an_expert_is_its_stock_twin(
     twin = open_stock(tmp_path)
     assert type(twin).__name__ == architecture
     assert logit_difference(model, twin) < 1e-5
+    prompt = text_of(2, 5)
+    assert torch.equal(our_text(model, prompt, 40), their_text(twin, prompt, 40))
     n_files = len(list(tmp_path.glob("*.safetensors")))
     assert (n_files > 1) == (shard_bytes < 10**6)
 

@@ -113,7 +113,10 @@ def _family(values: Mapping[str, Any]) -> Family:
 def _without(values: Mapping[str, Any], ignored: Collection[str], family: Family) -> dict[str, Any]:
     for key in ignored:
         if key in _READ or key in _family_keys(family):
-            raise ConfigError(f"`--ignore-key {key}`: the model cannot be built without it")
+            raise ConfigError(
+                f"`--ignore-key {key}`: the model cannot be built without it",
+                hint="change config.json if it is wrong there",
+            )
         if "." not in key and key not in values:
             raise ConfigError(
                 f"`--ignore-key {key}`: config.json has no such key", hint=nearest(key, [*values])
@@ -314,7 +317,9 @@ def _scaling(reader: _Reader, kind: str, given: Mapping[str, Any]) -> RopeScalin
         values.pop("mscale_all_dim", None)
     for key in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
         if key not in values:
-            raise ConfigError(f"`rope_scaling` in config.json lacks `{key}`")
+            raise ConfigError(
+                f"`rope_scaling` in config.json lacks `{key}`", hint="download the model again"
+            )
     try:
         return own_scaling(kind, values)
     except ConfigError as error:
@@ -324,7 +329,10 @@ def _scaling(reader: _Reader, kind: str, given: Mapping[str, Any]) -> RopeScalin
 
 
 def _refused(key: str, value: Any, why: str) -> ConfigError:
-    return ConfigError(f"`{key}` in config.json is {_short(value)}: {why}")
+    return ConfigError(
+        f"`{key}` in config.json is {_short(value)}: {why}",
+        hint="this model cannot be taken over exactly; docs/import-export.md lists what can",
+    )
 
 
 def _short(value: Any) -> str:
