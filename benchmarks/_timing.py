@@ -34,6 +34,16 @@ def _wall_ms(step: Step, i: int) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def copied_bytes_per_second() -> float:
+    """Read and written, of a copy that no cache holds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = torch.zeros(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    )
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (median_ms(lambda _: target.copy_(source), repeats=10) / 1e3)
+
+
 def peak_gb(step: Step) -> float | None:
     """Memory that one call needs beyond what is allocated before it; None without a GPU."""
     if not torch.cuda.is_available():

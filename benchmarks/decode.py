@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from _record import add_json_option, write_record
-from _timing import as_graph, median_ms
+from _timing import as_graph, copied_bytes_per_second, median_ms
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -288,14 +288,6 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
             yield row, {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
         else:
             yield row, json.loads(done.stdout.splitlines()[-1])
-
-
-def copied_bytes_per_second() -> float:
-    """Read and written, of a copy that no cache holds."""
-    size = 2**30 if GPU else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * size / (median_ms(lambda _: target.copy_(source), repeats=10) / 1e3)
 
 
 def weight_bytes(args: argparse.Namespace, row: str) -> float:
