@@ -50,6 +50,28 @@ def test_text_ends_where_the_next_document_would_begin() -> None:
     assert [p.finished for p in got.pieces[:-1]] == [None] * (len(got.pieces) - 1)
 
 
+def test_tokens_that_end_a_text_elsewhere_end_it_here() -> None:
+    mixture = scripted("abé€dz")
+    (stop,) = BYTES.encode("d")
+    mixture.settings = mixture.settings.model_copy(update={"stop_ids": (stop,)})
+    got = one(mixture, "")
+    assert (got.text, got.finished) == ("abé€", "stop")
+    assert got.pieces[-1].token == stop
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 2.0}, {"temperature": 2.0, "top_k": 9}])
+def test_entries_without_a_token_are_never_written(changes: dict[str, float]) -> None:
+    padded = small_mixture("experts", vocab_size=300)
+    for expert in range(padded.n_experts):
+        with torch.no_grad():
+            head = padded.expert(expert).head.weight
+            head[257:] = 4 * head[:43]  # far likelier than any token, now and then
+    got = complete(padded, BYTES, ["a", "b"], SamplingConfig(max_new_tokens=20, **changes))
+    assert max(p.token or 0 for row in got for p in row.pieces) < 257
+    tokens = torch.tensor([[BYTES.bos_id, *BYTES.encode(got[0].text)]])
+    assert padded.log_probs(tokens[:, :8]).argmax(dim=-1).max() >= 257
+
+
 def test_writing_goes_on_from_the_end_of_the_prompt() -> None:
     assert one(scripted("abé€dz"), "zdb").text == "é€dz"
 

@@ -73,9 +73,11 @@ def kept_bytes(run: RunConfig) -> int:
         {"n_kv_heads": 2},
         {"qk_norm": True},
         {"activation": "swiglu"},
+        {"norm_position": "post", "qk_norm": True, "qk_norm_over": "projection"},
+        {"no_rope_layers": [2], "attention_output_bias": True},
         {"d_ff": 512, "n_layers": 5},
     ],
-    ids=["plain", "grouped queries", "qk norm", "swiglu", "wider, deeper"],
+    ids=["plain", "grouped queries", "qk norm", "swiglu", "post-norm", "no RoPE", "wider, deeper"],
 )
 def test_activations_are_reckoned_within_a_tenth(model: dict[str, Any]) -> None:
     run = run_of({}, **model)
