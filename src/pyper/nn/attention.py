@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -55,13 +54,8 @@ class Attention(nn.Module):
         query, key, value = self.query_key_value(x, context.cos, context.sin)
         if context.cached is not None:
             mixed = context.cached.attend(layer, query, key, value)
-        elif context.mask is None:
-            mixed = causal_attention(query, key, value)
         else:
-            grouped = self.n_heads != self.n_kv_heads
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=context.mask, enable_gqa=grouped
-            )
+            mixed = causal_attention(query, key, value, context.mask)
         out: Tensor = self.out(rearrange(mixed, "b h t k -> b t (h k)"))
         return out
 

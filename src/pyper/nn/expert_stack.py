@@ -6,7 +6,6 @@ sequence, at their original positions. All experts run as one batch.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from pyper.config import ExpertConfig
 from pyper.kernels import router_gates
 from pyper.kernels.activation import activate
 from pyper.nn.attention import AttentionContext
+from pyper.nn.causal_attention import causal_attention
 from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.norm import rms_norm
 from pyper.nn.rope import apply_rotation
@@ -157,10 +157,7 @@ class StackedBlock(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x (E, C, D); cos, sin (E, C, 1, K); mask (E, 1, C, C), True where a query may look."""
         query, key, value = self._query_key_value(x, cos, sin)
-        grouped = self.n_heads != self.n_kv_heads
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=grouped
-        )
+        mixed = causal_attention(query, key, value, mask)
         x = x + self.out(rearrange(mixed, "e h c k -> e c (h k)"))
         out: Tensor = x + self._feed_forward(x)
         return out
