@@ -181,7 +181,7 @@ class _Compiler:
         if isinstance(node.op, ast.Not):
             return lambda names: not inner(names)
         if isinstance(node.op, ast.USub):
-            return lambda names: -inner(names)
+            return lambda names: None if (value := inner(names)) is None else -value
         raise _refusal(self.source, "of signs there are `-` and `not`")
 
     def _binop(self, node: ast.BinOp, depth: int) -> _Part:
