@@ -10,6 +10,7 @@ and losses within 1e-4 of separate training. Without a GPU a tiny shape shows th
 import argparse
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -79,15 +80,19 @@ class Crew:
         self.losses: dict[int, list[float]] = {}
 
     def run(self) -> float:
-        """Seconds until the last is done."""
-        threads = [threading.Thread(target=self._train, args=(e,)) for e in self.experts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        """Seconds until the last is done. Raises what an expert raised."""
+        with ThreadPoolExecutor(len(self.experts)) as pool:
+            list(pool.map(self._train, self.experts))
         return max(self.seconds.values())
 
     def _train(self, expert: int) -> None:
+        try:
+            self._train_on_own_stream(expert)
+        except BaseException:
+            self.start.abort()  # or the others would wait for it for ever
+            raise
+
+    def _train_on_own_stream(self, expert: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
             step, batches = make_step(expert, self.options.compile), batches_of(expert)
             losses = [step([batches[i % 4]], 0.1).loss for i in range(WARM_UP)]
@@ -113,12 +118,14 @@ def main() -> None:
     results: dict[str, Any] = {"one after another": one_by_one}
     table = Table("at once", "tokens/s", "ratio", "largest difference of a loss")
     table.add_row("1", f"{one_by_one:,.0f}", "1.00", "")
+    print(f"one after another: {one_by_one:,.0f} tokens/s", flush=True)
     for n in sorted({min(n, options.experts) for n in (2, 4, options.experts)}):
         crew = Crew(options, range(n))
         speed = n * work / crew.run()
         pairs = [zip(crew.losses[e], alone[e].losses[e], strict=True) for e in range(n)]
         apart = max(abs(a - b) for pair in pairs for a, b in pair)
         results[f"{n} at once"] = {"tokens_per_second": speed, "loss_difference": apart}
+        print(f"{n} at once: {speed:,.0f} tokens/s, losses apart {apart:.1e}", flush=True)
         table.add_row(str(n), f"{speed:,.0f}", f"{speed / one_by_one:.2f}", f"{apart:.1e}")
         write_record(options.json, results)
     Console().print(table)
