@@ -82,7 +82,10 @@ class Crew:
     def run(self) -> float:
         """Seconds until the last is done. Raises what an expert raised."""
         with ThreadPoolExecutor(len(self.experts)) as pool:
-            list(pool.map(self._train, self.experts))
+            futures = [pool.submit(self._train, expert) for expert in self.experts]
+        errors = [error for f in futures if (error := f.exception()) is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
         return max(self.seconds.values())
 
     def _train(self, expert: int) -> None:
