@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py [--json FILE] [--megabytes 200] [--workers 1 2] [--folder /tmp]
 
-Each row is a process of its own, `pyper prepare` of one `.jsonl` as a user would start it; `peak` is
-the most memory it held. The targets: 5 MB/s with two cores, and a peak that does not grow with the
+Each row is a process of its own, `pyper prepare` of one `.jsonl` as users start it; `peak` is the
+most memory it held. The targets: 5 MB/s with two cores, and a peak that does not grow with the
 text. `reading` is one pass without tokenizing, of which a run makes two.
 """
 
