@@ -67,9 +67,9 @@ def test_stopping_after_every_step_changes_no_bit(
 ) -> None:
     """With weights of answers and of domains, over the edges of epochs of different lengths."""
     data = dataclasses.replace(chat_data, loader_workers=workers)
-    config, plan = new_config(steps=40, global_batch_tokens=8 * SEQ_LEN), new_plan(40)
+    config, plan = new_config(steps=6, global_batch_tokens=48 * SEQ_LEN), new_plan(6)
     _, whole = train(tmp_path / "whole", config, plan, data=data)
-    for _ in range(39):
+    for _ in range(5):
         with pytest.raises(InterruptedRun):
             train(tmp_path / "parts", config, plan, data=data, should_stop=lambda step: True)
     _, parts = train(tmp_path / "parts", config, plan, data=data)
