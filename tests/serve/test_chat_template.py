@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pyper.data.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate, find_template
+from pyper.data.chat_template import (
+    MAX_TEMPLATE_CHARS,
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    find_template,
+)
 from pyper.errors import ConfigError, PromptError
 from serve.small_server import KEY, Server
 
@@ -109,3 +114,19 @@ def test_messages_that_a_template_refuses_are_a_400(hasty_server: Server) -> Non
     reply = hasty_server.post("/v1/chat/completions", body, headers=key)
     assert reply.status_code == 400
     assert "not that word" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("source", "mark"),
+    [
+        (PLAIN_TEMPLATE, "<|end|>"),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", ""),
+        ("{% for m in messages %}{{ m.content }}</s>\n{% endfor %}", "</s>"),
+        ("{{ raise_exception('never') }}", ""),
+        (None, ""),
+    ],
+)
+def test_a_reply_stops_at_what_the_template_writes_behind_an_answer(
+    source: str | None, mark: str
+) -> None:
+    assert ChatTemplate(source).end_mark == mark
