@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -23,9 +24,12 @@ Pyper = Callable[..., Ended]
 BYTES = TextTokenizer.bytes_only()
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
 @pytest.fixture(scope="module")
 def swiglu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model that has twins everywhere."""
+    """A saved model that has twins everywhere, and came from elsewhere."""
     folder = tmp_path_factory.mktemp("saved") / "llama-like"
     model = small_expert(vocab_size=257, activation="swiglu", seq_len=64)
     settings = MixtureSettings(
@@ -35,8 +39,10 @@ def swiglu(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seq_len=64,
         router="experts",
         top_k=1,
+        stop_ids=(10, 11),
     )
     save_single(folder, model, settings, BYTES)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
@@ -78,6 +84,19 @@ def test_the_table_is_for_people(pyper: Pyper, swiglu: Path, tmp_path: Path) -> 
     assert "LlamaForCausalLM" in ended.stdout
     assert "largest logit difference" in ended.stdout
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_ends_a_text_and_the_chat_template_go_along(
+    pyper: Pyper, swiglu: Path, tmp_path: Path
+) -> None:
+    assert pyper("export", swiglu, "-o", tmp_path / "hf", "--no-check").exit_code == 0
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [BYTES.bos_id, 10, 11]
+    assert (tmp_path / "hf/chat_template.jinja").read_text() == TEMPLATE
+    assert pyper("export", swiglu, "-o", tmp_path / "gguf", "--to", "gguf").exit_code == 0
+    fields = gguf.GGUFReader(tmp_path / "gguf/llama-like-f32.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == 10
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
 
 
 def test_gguf_comes_with_its_card(pyper: Pyper, swiglu: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _loading(facts: CardFacts) -> str:
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'folder = "{facts.name}"  # where this file is\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"

@@ -1,6 +1,6 @@
 """The GGUF file of one dense expert, and a look at what was written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +29,12 @@ def write_gguf(
     file_type: FileType,
     license_name: str | None = None,
     chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> str | None:
     """Write weights and tokenizer for llama.cpp; what it does differently, if anything.
 
-    Matrices are of `file_type`, vectors float32. Raises ConfigError or TokenizerError for what
+    Matrices are of `file_type`, vectors float32. stop_ids: what ends a text beside the document
+    token; the file has room for the first. Raises ConfigError or TokenizerError for what
     llama.cpp has no twin of, MissingExtraError.
     """
     gguf = _library()
@@ -54,6 +56,8 @@ def write_gguf(
     # Every document begins with this token, which also ends the one before it.
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.bos_id)
+    if stop_ids:
+        writer.add_eot_token_id(stop_ids[0])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     if chat_template is not None:

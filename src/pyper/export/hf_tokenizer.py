@@ -30,6 +30,8 @@ def export_tokenizer(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
             "eos_token": bos,
+            "pad_token": bos,
+            "padding_side": "left",  # a batch of prompts ends where each goes on
             "model_max_length": seq_len,
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": not any(name in (chat_template or "") for name in special),

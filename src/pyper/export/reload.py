@@ -18,7 +18,7 @@ def main() -> None:
 
     folder, given, out = sys.argv[1:]
     tensors = load_file(given)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     text = bytes(tensors["text"].tolist()).decode()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True

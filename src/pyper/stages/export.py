@@ -1,5 +1,6 @@
 """Models for other programs: a folder for `transformers`, or a GGUF file for llama.cpp."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pyper.export.gguf_file import check_gguf, write_gguf
 from pyper.export.gguf_model import gguf_architecture
 from pyper.export.mixture_hf import export_mixture, export_single
 from pyper.export.sparse_stock import export_stock, why_not_stock
-from pyper.mixture import LMRouter, Mixture, find_mixture
+from pyper.mixture import LMRouter, Mixture, MixtureSettings, find_mixture
 from pyper.nn import Transformer, count_parameters
 from pyper.stages.export_check import check_exported, require_transformers, sample_text
 from pyper.stages.export_facts import (
@@ -126,6 +127,7 @@ def _write_hf(
     architecture, note = _write_weights(source, folder, options.architecture, shard_bytes)
     needs_code = architecture.startswith("Pyper")
     settings = source.mixture.settings
+    _write_stop_ids(folder / "generation_config.json", settings)
     export_tokenizer(
         source.tokenizer,
         folder,
@@ -165,6 +167,14 @@ def _write_weights(
     return export_single(model, folder, shard_bytes=shard_bytes), note
 
 
+def _write_stop_ids(file: Path, settings: MixtureSettings) -> None:
+    """A model that came from elsewhere may end its texts with more than the document token."""
+    if settings.stop_ids:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["eos_token_id"] = [settings.bos_id, *settings.stop_ids]
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _stock_of(model: Transformer) -> tuple[Callable[..., str], str | None]:
     """What writes it as a stock architecture, and why none is exactly the model."""
     if model.config.kind != "dense":
@@ -194,6 +204,7 @@ def _write_gguf(
         file_type=source.dtype,  # type: ignore[arg-type]
         license_name=options.license_name,
         chat_template=source.chat_template,
+        stop_ids=source.mixture.settings.stop_ids,
     )
     architecture = gguf_architecture(model.config)
     notes = [] if note is None else [note[0].upper() + note[1:] + "."]
