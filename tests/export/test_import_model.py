@@ -1,6 +1,7 @@
 """Imported models are those of `transformers`: equal logits, equal texts, equal weights again."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,24 @@ def test_only_layers_that_slide_shorten_it(
     imported(save_stock(tmp_path / "stock", stock), tmp_path / "seed")
     expert = expert_of(tmp_path / "seed")
     assert expert.config.seq_len == context
+    assert logit_difference(expert, stock) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kept", "interval", "layers"), [(True, 2, (1, 3)), (True, 3, (2,)), (False, 4, (3,))]
+)
+def test_layers_without_positions_may_be_said_by_an_interval(
+    kept: bool, interval: int, layers: tuple[int, ...], tmp_path: Path
+) -> None:
+    stock = stock_model("SmolLM3", num_hidden_layers=5, no_rope_layer_interval=interval)
+    source = save_stock(tmp_path / "stock", stock)
+    values = json.loads((source / "config.json").read_text())
+    for key in ("no_rope_layers", *(() if kept else ("no_rope_layer_interval",))):
+        del values[key]
+    (source / "config.json").write_text(json.dumps(values))
+    imported(source, tmp_path / "seed")
+    expert = expert_of(tmp_path / "seed")
+    assert expert.config.no_rope_layers == layers
     assert logit_difference(expert, stock) < 1e-5
 
 

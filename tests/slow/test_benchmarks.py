@@ -57,3 +57,10 @@ def test_decoding_is_measured_on_a_tiny_model_where_there_is_no_gpu(tmp_path: Pa
     results = json.loads((tmp_path / "decode.json").read_text())["results"]["rows"]
     assert list(results) == rows
     assert all(row["batch 1"] > 0 and row["batch 4"] > 0 for row in results.values())
+
+
+def test_parity_with_transformers_is_printed_for_every_family(tmp_path: Path) -> None:
+    table = printed_by("parity.py", "--json", tmp_path / "parity.json")
+    results = json.loads((tmp_path / "parity.json").read_text())["results"]
+    assert results.keys() == {"Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2", "Arcee"}
+    assert all(family in table for family in results)
