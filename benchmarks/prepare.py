@@ -27,26 +27,32 @@ WORDS = 30_000
 
 
 def make_text(path: Path, megabytes: float) -> int:
-    """Documents of 20 to 2,000 words, whose frequencies follow Zipf's law; returns how many."""
+    """Documents of 100 to 10,000 characters, whose words follow Zipf's law; returns how many.
+
+    All are cut from one long text, at random, and numbered: none is equal to another.
+    """
     rng = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
-    share = 1 / np.arange(1, len(letters) + 1)
-    words = [
-        "".join(rng.choice(letters, size=n, p=share / share.sum()))
-        for n in rng.integers(1, 11, size=WORDS)
-    ]
-    odds = 1 / np.arange(1, WORDS + 1)
-    cumulative = np.cumsum(odds / odds.sum())
+    source = long_text(rng)
     written, n = 0, 0
     with path.open("w", encoding="utf-8") as stream:
         while written < megabytes * 1e6:
-            size = int(rng.integers(20, 2000))
-            picked = np.searchsorted(cumulative, rng.random(size))
-            text = f"{n}. " + " ".join(words[min(i, WORDS - 1)] for i in picked)
-            line = json.dumps({"text": text.replace(" zq", ".\n")})
-            written += stream.write(line + "\n")
+            size, start = int(rng.integers(100, 10_000)), int(rng.integers(len(source) - 10_000))
+            record = {"text": f"{n}. {source[start : start + size]}"}
+            written += stream.write(json.dumps(record) + "\n")
             n += 1
     return n
+
+
+def long_text(rng: np.random.Generator) -> str:
+    """A million words of 1 to 10 letters, in sentences and lines."""
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    share = 1 / np.arange(1, len(letters) + 1)
+    chosen = rng.choice(letters, size=(WORDS, 10), p=share / share.sum())
+    lengths = rng.integers(1, 11, size=WORDS)
+    words = ["".join(row[:n]) for row, n in zip(chosen, lengths, strict=True)]
+    odds = 1 / np.arange(1, WORDS + 1)
+    picked = rng.choice(WORDS, size=1_000_000, p=odds / odds.sum())
+    return " ".join(words[i] for i in picked).replace(" zq", ".\n")
 
 
 def measure_reading(path: Path) -> float:
