@@ -36,6 +36,8 @@ ELSEWHERE = {
     "serve": "tests/serve/test_manual.py",
     "chat": "tests/cli/test_chat_command.py",
     "evaluate sparse --leak-probe": "tests/cli/test_commands.py",
+    "export": "tests/cli/test_export_command.py",
+    "import": "tests/cli/test_import_command.py",
 }
 
 
