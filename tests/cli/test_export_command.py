@@ -100,7 +100,7 @@ def test_what_ends_a_text_and_the_chat_template_go_along(
 
 
 def test_gguf_comes_with_its_card(pyper: Pyper, swiglu: Path, tmp_path: Path) -> None:
-    ended = pyper("export", swiglu, "--to", "gguf", "--dtype", "f16", "-o", tmp_path / "out")
+    ended = pyper("export", swiglu, "--to", "gguf", "--dtype", "fp16", "-o", tmp_path / "out")
     assert ended.exit_code == 0, ended.stderr
     assert (tmp_path / "out" / "llama-like-f16.gguf").is_file()
     assert "llama-cli -m llama-like-f16.gguf" in (tmp_path / "out" / "README.md").read_text()

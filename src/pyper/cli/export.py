@@ -26,7 +26,7 @@ def export(
         ),
     ] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="f32, f16 or bf16 (default: as it is saved).")
+        str | None, typer.Option(help="fp32, fp16 or bf16 (default: as it is saved).")
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest file of weights, in GB.")] = 5.0,
     license_name: Annotated[

@@ -101,7 +101,7 @@ def _as_stored(model: Transformer, file_type: FileType) -> Iterator[tuple[str, T
         if not stored.isfinite().all():
             raise ConfigError(
                 f"`{name}` does not fit `{file_type}`: it holds numbers that are too large, or NaN",
-                hint="use `--dtype bf16` or `--dtype f32`",
+                hint="use `--dtype bf16` or `--dtype fp32`",
             )
         yield name, stored
 

@@ -19,7 +19,7 @@ from pyper.errors import ConfigError, PyperError
 from pyper.export import export_expert, export_tokenizer
 from pyper.export.card import CardFacts, model_card
 from pyper.export.families import family_of
-from pyper.export.gguf_file import check_gguf, write_gguf
+from pyper.export.gguf_file import FileType, check_gguf, write_gguf
 from pyper.export.gguf_model import gguf_architecture
 from pyper.export.mixture_hf import export_mixture, export_single
 from pyper.export.sparse_stock import export_stock, why_not_stock
@@ -37,7 +37,8 @@ from pyper.stages.export_facts import (
 )
 from pyper.stages.write import open_model
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FILE_TYPES: dict[str, FileType] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _MARK = "pyper_export"  # in the manifest: what may be overwritten
 
 
@@ -66,7 +67,7 @@ class _Source:
     chat_template: str | None
     name: str
     dtype: str
-    """`f32`, `f16` or `bf16`."""
+    """`fp32`, `fp16` or `bf16`."""
 
     @property
     def single(self) -> Transformer | None:
@@ -195,13 +196,14 @@ def _write_gguf(
             f"a GGUF file holds one model, this is a mixture of {source.mixture.n_experts}",
             hint=f"export one of them: `--expert {source.mixture.settings.experts[0]}`",
         )
-    file = f"{source.name}-{source.dtype}.gguf"
+    file_type: FileType = _FILE_TYPES[source.dtype]
+    file = f"{source.name}-{file_type}.gguf"
     note = write_gguf(
         model,
         source.tokenizer,
         folder / file,
         name=source.name,
-        file_type=source.dtype,  # type: ignore[arg-type]
+        file_type=file_type,
         license_name=options.license_name,
         chat_template=source.chat_template,
         stop_ids=source.mixture.settings.stop_ids,
@@ -217,7 +219,7 @@ def _write_gguf(
     }
     if options.check:
         say("reading it again")
-        result["tensors_equal"] = check_gguf(folder / file, model, source.dtype)  # type: ignore[arg-type]
+        result["tensors_equal"] = check_gguf(folder / file, model, file_type)
     return result
 
 
@@ -284,7 +286,7 @@ def _check_options(options: ExportOptions) -> None:
     known = {
         "--to": (options.to, ("hf", "gguf")),
         "--architecture": (options.architecture, ("auto", "stock", "pyper")),
-        "--dtype": (options.dtype or "f32", tuple(_DTYPES)),
+        "--dtype": (options.dtype or "fp32", tuple(_DTYPES)),
     }
     for option, (value, values) in known.items():
         if value not in values:

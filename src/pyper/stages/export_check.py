@@ -54,7 +54,7 @@ def check_exported(
             f"more than {TOLERANCE:.0e}",
             hint="nothing was written; please report it",
         )
-    return {"largest_logit_difference": difference, "tokens": tokens.numel()}
+    return {"largest_logit_difference": difference, "tokens_compared": tokens.numel()}
 
 
 def sample_text() -> str:
