@@ -92,6 +92,10 @@ def _check_folders(source: Path, output: Path) -> None:
             f"there is no folder {source}",
             hint="download a model first: `hf download ORG/NAME --local-dir FOLDER`",
         )
+    if source.is_file():
+        raise CheckpointError(
+            f"{source} is a file", hint=f"pass the folder it is in: `{source.parent}`"
+        )
     raise CheckpointError(
         f"{source} has no config.json: it is no checkpoint of transformers",
         hint="pass the folder that holds config.json, *.safetensors and tokenizer.json",
@@ -111,7 +115,7 @@ def _dtype_of(name: str) -> torch.dtype | None:
 def _read(
     weights: ForeignWeights, config: ExpertConfig, dtype: torch.dtype, console: Console
 ) -> dict[str, Tensor]:
-    with Progress(console=console, transient=True) as bars:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("reading the weights", total=None)
         return weights.read(
             config, dtype, lambda done, total: bars.update(bar, completed=done, total=total)

@@ -179,7 +179,6 @@ def save_single(
     """Write weights, then the mixture that holds them."""
     weights = output.with_name(f".{output.name}-weights")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with write_folder_atomically(weights) as folder:
             write_tensors(folder / "model.safetensors", model_tensors(model))
         source = ExpertSource(model.config, weights)
