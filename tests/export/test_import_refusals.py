@@ -92,6 +92,10 @@ def change(file: Path, **changes: Any) -> None:
             "attention_bias",
         ),
         (
+            {"model_type": "smollm3", "architectures": None, "num_hidden_layers": 10**9},
+            "num_hidden_layers",
+        ),
+        (
             {"model_type": "smollm3", "architectures": None, "no_rope_layer_interval": 0},
             "no_rope_layer_interval",
         ),
@@ -147,6 +151,10 @@ def config_is_binary(folder: Path) -> None:
 
 def config_has_many_layers(folder: Path) -> None:
     change(folder / "config.json", num_hidden_layers=10**9)
+
+
+def config_has_one_layer_more(folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=4)
 
 
 def config_has_wide_layers(folder: Path) -> None:
@@ -247,6 +255,7 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (config_is_deep, "config.json"),
     (config_is_binary, "config.json"),
     (config_has_many_layers, "num_hidden_layers"),
+    (config_has_one_layer_more, "says 4 layers .*, the weights have 3"),
     (config_has_wide_layers, "model.embed_tokens.weight"),
     (weights_are_cut, "no usable safetensors"),
     (weights_are_noise, "no usable safetensors"),

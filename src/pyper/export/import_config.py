@@ -15,6 +15,7 @@ from pyper.export.families import FAMILIES, Family
 from pyper.export.hf_rope import own_scaling, scaling_keys
 
 _ABSENT: Any = object()
+_MOST_LAYERS = 4096
 _READ_KEYS = """
 model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
 num_attention_heads num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps
@@ -164,8 +165,10 @@ class _Reader:
             value = self.family.default(key)
         if value is _ABSENT:
             raise ConfigError(f"config.json lacks `{key}`", hint="download the model again")
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise _refused(key, value, "it must be a whole number from 1")
+        # Lists are made as long as there are layers, before the weights say how many there are.
+        most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise _refused(key, value, f"it must be a whole number in 1 … {most:,}")
         return value
 
     def optional_count(self, key: str) -> int | None:
