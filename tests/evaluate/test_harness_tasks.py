@@ -17,7 +17,7 @@ from pyper.cli import main
 from pyper.errors import PyperError
 from pyper.mixture import load_mixture
 from pyper.stages.harness import HarnessOptions, evaluate_tasks, harness_table
-from serve.small_server import save_small_mixture
+from serve import small_server
 
 pytest.importorskip("lm_eval")
 
@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four experts over bytes; with a router of their own, the loops by hand are short."""
-    return save_small_mixture(tmp_path_factory.mktemp("measured"))
+    return small_server.save_small_mixture(tmp_path_factory.mktemp("measured"))
 
 
 @pytest.fixture
@@ -147,27 +147,19 @@ def test_few_shot_examples_come_before_each_question(model: Path) -> None:
     assert measure(model, "sums", limit=2, fewshot=2)["results"] == two["results"]
 
 
-def test_texts_that_lose_their_beginning_are_counted(model: Path, tmp_path: Path) -> None:
-    short = save_small_mixture(tmp_path)
-    file = short / "config.json"
-    settings = json.loads(file.read_text())
-    assert settings["seq_len"] > 1000
-    result = measure(short, "sums", limit=2)
-    assert result["truncated"] == 0
-    mixture, tokenizer = load_mixture(short)
-    mixture.settings = mixture.settings.model_copy(update={"seq_len": 8})
-    from lm_eval.api.instance import Instance
-
-    from pyper.evaluate.harness import MixtureLM
-
-    lm = MixtureLM(mixture, tokenizer)
-    requests = [
-        Instance("loglikelihood", {}, ("long enough", " so"), 0),
-        Instance("loglikelihood", {}, ("short", "er"), 1),
-    ]
-    lm.loglikelihood(requests)
-    assert (lm.n_requests, lm.n_truncated) == (2, 1)
-    result |= {"truncated": 1, "requests": 2}
+def test_texts_that_lose_their_beginning_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a context of 10 tokens: `5 + 13 =` and ` 18` have 11 of them, the document's too."""
+    (tmp_path / "sums.jsonl").write_text(
+        json.dumps({"question": "5 + 13 =", "choices": ["18", "1"], "answer": 0}) + "\n"
+    )
+    shutil.copy(TASKS / "sums.yaml", tmp_path)
+    monkeypatch.setattr(small_server, "CONTEXT", 10)
+    short = small_server.save_small_mixture(tmp_path)
+    options = HarnessOptions([str(tmp_path / "sums.yaml")])
+    result = evaluate_tasks(short, options, Console(quiet=True))
+    assert (result["requests"], result["truncated"]) == (2, 1)
     assert "1 of 2 texts" in str(harness_table(result).caption)
 
 
