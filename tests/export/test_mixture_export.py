@@ -98,6 +98,7 @@ def test_greedy_text_is_that_of_the_engine(
     expected = greedy_by_engine(mixture, PROMPTS, 20)
     assert len({tuple(row) for row in expected}) == len(PROMPTS)
     assert greedy_elsewhere(model, PROMPTS, 20) == expected
+    assert greedy_elsewhere(model, [""], 20) == expected[-1:]  # from the document token alone
 
 
 def test_experts_that_become_unlikely_stop_running(tmp_path: Path) -> None:
@@ -154,6 +155,31 @@ def test_beams_take_the_cache_with_them(mode: dict[str, Any], tmp_path: Path) ->
     assert with_cache == without
 
 
+def test_a_text_goes_on_from_its_cache(tmp_path: Path) -> None:
+    model = exported(small_mixture(vocab_size=257, prune=0.05), tmp_path / "out")
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**left_padded(PROMPTS[:2]), max_new_tokens=6, **options)
+    mask = left_padded(PROMPTS[:2])["attention_mask"]
+    more = model.generate(
+        first.sequences,
+        attention_mask=torch.cat([mask, mask.new_ones(2, 6)], dim=1),
+        past_key_values=first.past_key_values,
+        max_new_tokens=6,
+        **options,
+    )
+    whole = model.generate(**left_padded(PROMPTS[:2]), max_new_tokens=12, **options)
+    assert torch.equal(more.sequences, whole.sequences)
+
+
+def test_a_saved_copy_has_its_modelling_file(tmp_path: Path) -> None:
+    model, tokens = exported(small_mixture("lm"), tmp_path / "out"), some_text()
+    model.save_pretrained(tmp_path / "copy")
+    copy = open_elsewhere(tmp_path / "copy")
+    assert torch.equal(logits_of(copy, tokens), logits_of(model, tokens))
+    top1 = open_elsewhere(tmp_path / "copy", mixing="top1", prefix_tokens=3)
+    assert not torch.equal(logits_of(top1, tokens), logits_of(model, tokens))
+
+
 def test_the_folder_needs_no_pyper(tmp_path: Path, modules: Path) -> None:
     mixture = small_mixture("lm", mixing="top1", vocab_size=257)
     folder = tmp_path / "out"
@@ -186,7 +212,7 @@ def test_shards_and_bfloat16_keep_the_router_in_float32(tmp_path: Path) -> None:
     assert len(set(index["weight_map"].values())) > 2
     model = open_elsewhere(folder, dtype=torch.bfloat16)
     assert model.experts[0].head.weight.dtype == torch.bfloat16
-    assert torch.equal(model.router.log_probs, mixture.router.log_probs)  # type: ignore[union-attr]
+    assert torch.equal(model.unigram.log_probs, mixture.router.log_probs)  # type: ignore[union-attr]
 
 
 def test_window_mixing_is_refused_with_the_way_out(tmp_path: Path) -> None:

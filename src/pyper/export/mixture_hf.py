@@ -73,7 +73,7 @@ def _tensors(mixture: Mixture, routers: list[Transformer]) -> Iterator[tuple[str
         for name, tensor in exported_tensors(model):
             yield f"router_models.{number}.{name}", tensor
     if isinstance(mixture.router, UnigramRouter):
-        yield "router.log_probs", mixture.router.log_probs
+        yield "unigram.log_probs", mixture.router.log_probs
 
 
 def _write(folder: Path, kind: str, config: dict[str, Any], bos_id: int, dtype: str) -> str:

@@ -13,6 +13,8 @@ from .pyper_layers import Decoder, History, KeyValues
 class TextCache(KeyValues):
     """Keys, values and the tokens they belong to."""
 
+    is_compileable = False  # `generate` asks
+
     def __init__(self) -> None:
         super().__init__()
         self.history: History | None = None

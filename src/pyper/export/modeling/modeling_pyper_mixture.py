@@ -33,6 +33,8 @@ class Reader:
 class MixtureCache:
     """What the experts and the router remember of the texts, and what is known of the experts."""
 
+    is_compileable = False  # `generate` asks
+
     def __init__(self, n_experts: int, n_routers: int) -> None:
         self.history: History | None = None
         self.experts = [Reader() for _ in range(n_experts)]
@@ -48,11 +50,9 @@ class MixtureCache:
         """Beam search: row i goes on from row `beam_idx[i]`."""
         for reader in (*self.experts, *self.routers):
             reader.select(beam_idx)
-        rows = beam_idx.to(self.evidence.device)
-        self.history = History(self.history.tokens[rows], self.history.real[rows])
-        self.evidence, self.routed, self.live = (
-            x[rows] for x in (self.evidence, self.routed, self.live)
-        )
+        self.history = History(self.history.tokens[beam_idx], self.history.real[beam_idx])
+        self.evidence, self.live = self.evidence[beam_idx], self.live[beam_idx]
+        self.routed = None if self.routed is None else self.routed[beam_idx]
 
 
 class UnigramRouter(nn.Module):
@@ -67,7 +67,7 @@ class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
     """E experts and a router as one causal language model."""
 
     config_class = PyperMixtureConfig
-    _keep_in_fp32_modules_strict: ClassVar = {"state", "router"}
+    _keep_in_fp32_modules_strict: ClassVar = {"state", "unigram"}
     _is_stateful = True  # the cache cannot go back: no assisted decoding
 
     def __init__(self, config: PyperMixtureConfig) -> None:
@@ -76,9 +76,9 @@ class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"`mixing` must be `posterior` or `top1`, not `{config.mixing}`")
         self.experts = nn.ModuleList(Decoder(shape) for shape in config.experts)
         self.router_models = nn.ModuleList(Decoder(shape) for shape in config.router_models)
-        self.router = None
+        self.unigram = None
         if config.router == "unigram":
-            self.router = UnigramRouter(len(self.experts), config.vocab_size)
+            self.unigram = UnigramRouter(len(self.experts), config.vocab_size)
         self.post_init()
 
     def forward(
@@ -133,60 +133,65 @@ class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _log_weights(self, history: History, scores: Tensor, cache) -> Tensor:
         """Log weights (B, T, E): entry t mixes the prediction that follows token t."""
-        config, T = self.config, scores.shape[1]
+        evidence = self._evidence(history, scores, cache)
+        log_weights = evidence.log_softmax(-1)
+        if self.config.mixing == "top1":
+            return self._one_expert(history, scores, log_weights, cache)
+        if cache is not None:
+            cache.live = _likely(log_weights[:, -1], self.config.mixing_prune)
+            dropped = torch.zeros_like(log_weights, dtype=torch.bool)
+            dropped[:, -1] = ~cache.live
+            log_weights = log_weights.masked_fill(dropped, -math.inf).log_softmax(-1)
+        return _keep_top_k(log_weights, self.config.mixing_top_k)
+
+    def _evidence(self, history: History, scores: Tensor, cache) -> Tensor:
+        """(B, T, E), what every expert's predictions speak for it, by the end of each token."""
+        T = scores.shape[1]
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         # The first token of a text is given, not predicted: nobody is judged by it.
-        position = history.position
-        judged = history.real[:, -T:] & (position[:, -T:] > 0)
-        scores = scores.to(wide) * judged[..., None]
-        evidence = (config.mixing_temperature * scores).cumsum(1)
-        if cache is not None and cache.evidence is not None:
+        judged = (history.real & (history.position > 0))[:, -T:, None]
+        evidence = (self.config.mixing_temperature * scores.to(wide) * judged).cumsum(1)
+        if cache is None:
+            return evidence
+        if cache.evidence is not None:
             evidence = evidence + cache.evidence[:, None]
             evidence = evidence.masked_fill(~cache.live[:, None], -math.inf)
-        log_weights = evidence.log_softmax(-1)
-        live = torch.ones_like(evidence[:, -1], dtype=torch.bool)
-        routed = torch.zeros_like(evidence[:, -1])
-        if config.mixing == "top1":
-            routed = self._routed(history, scores, cache)
-            chosen = F.one_hot(self._settle(routed), len(self.experts)).bool()
-            is_settled = position[:, -T:] >= config.prefix_tokens
-            settled = torch.zeros_like(routed).masked_fill(~chosen, -math.inf)
-            log_weights = torch.where(is_settled[..., None], settled[:, None], log_weights)
-            live = torch.where(is_settled[:, -1:], chosen, live)
-        elif cache is not None:
-            live = _likely(log_weights[:, -1], config.mixing_prune)
-            dropped = torch.zeros_like(log_weights, dtype=torch.bool)
-            dropped[:, -1] = ~live
-            log_weights = log_weights.masked_fill(dropped, -math.inf).log_softmax(-1)
+        cache.evidence = evidence[:, -1]
+        return evidence
+
+    def _one_expert(self, history: History, scores: Tensor, log_weights: Tensor, cache) -> Tensor:
+        """The router's choice where the prefix has been read; before that, log_weights."""
+        routed = self._routed(history, scores, cache)
+        if self.config.prices is not None:
+            prices = torch.tensor(self.config.prices, dtype=routed.dtype, device=routed.device)
+            routed = routed - self.config.prefix_tokens * prices
+        chosen = F.one_hot(routed.argmax(-1), len(self.experts)).bool()
+        is_settled = history.position[:, -scores.shape[1] :, None] >= self.config.prefix_tokens
         if cache is not None:
-            cache.evidence, cache.routed, cache.live = evidence[:, -1], routed, live
-        if config.mixing == "posterior":
-            log_weights = _keep_top_k(log_weights, config.mixing_top_k)
-        return log_weights
+            cache.live = chosen | ~is_settled[:, -1]
+        settled = torch.zeros_like(routed).masked_fill(~chosen, -math.inf)
+        return torch.where(is_settled, settled[:, None], log_weights)
 
     def _routed(self, history: History, scores: Tensor, cache) -> Tensor:
         """The router's scores of the prefix, as far as it was read, (B, E)."""
-        T, wide = scores.shape[1], scores.dtype
+        T, prefix = scores.shape[1], self.config.prefix_tokens
         tokens, position = history.tokens[:, -T:], history.position[:, -T:]
-        counts = history.real[:, -T:] & (position > 0) & (position <= self.config.prefix_tokens)
-        before = 0.0 if cache is None or cache.routed is None else cache.routed
-        if not counts.any():
-            return before + scores.new_zeros(len(tokens), len(self.experts))
-        if self.router is not None:
-            scores = self.router.log_probs.T[tokens]
+        if cache is not None and cache.routed is not None and (position > prefix).all():
+            return cache.routed
+        if self.unigram is not None:
+            scores = self.unigram.log_probs.T[tokens]
         elif len(self.router_models) > 0:
             readers = [None] * len(self.router_models) if cache is None else cache.routers
             pairs = zip(self.router_models, readers, strict=True)
             read = [_read_one(model, reader, history, tokens)[1] for model, reader in pairs]
             scores = torch.stack([x.to(tokens.device) for x in read], -1)
-        return before + (scores.to(wide) * counts[..., None]).sum(1)
-
-    def _settle(self, routed: Tensor) -> Tensor:
-        """The one expert (B,) that reads on after the prefix."""
-        if self.config.prices is not None:
-            prices = torch.tensor(self.config.prices, dtype=routed.dtype, device=routed.device)
-            routed = routed - self.config.prefix_tokens * prices
-        return routed.argmax(-1)
+        counts = history.real[:, -T:] & (position > 0) & (position <= prefix)
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        routed = (scores.to(wide) * counts[..., None]).sum(1)
+        if cache is not None:
+            routed = routed if cache.routed is None else cache.routed + routed
+            cache.routed = routed
+        return routed
 
     def get_input_embeddings(self):
         return self.experts[0].embedding
