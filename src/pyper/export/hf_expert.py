@@ -1,25 +1,22 @@
 """One dense expert as a checkpoint that plain `transformers` opens, without code of ours."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pyper.checkpoint import storage_errors
 from pyper.config import ExpertConfig
-from pyper.errors import ConfigError, StorageError
+from pyper.errors import ConfigError
 from pyper.export.families import Family, family_of
 from pyper.export.hf_rope import foreign_rope
 from pyper.export.hf_weights import weight_map
+from pyper.export.shards import write_shards
 from pyper.mixture.expert_folder import model_tensors
 from pyper.nn import Transformer
-
-INDEX = "model.safetensors.index.json"
 
 
 def export_expert(model: Transformer, folder: Path, *, shard_bytes: int) -> str:
@@ -39,7 +36,7 @@ def export_expert(model: Transformer, folder: Path, *, shard_bytes: int) -> str:
         _write_json(folder / "config.json", config)
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-        write_shards(foreign_tensors(model), folder, shard_bytes)
+        write_shards(folder, foreign_tensors(model), shard_bytes=shard_bytes)
     return family.architecture
 
 
@@ -94,47 +91,11 @@ def _family_keys(config: ExpertConfig, family: Family) -> dict[str, Any]:
     return values
 
 
-def foreign_tensors(model: Transformer) -> dict[str, Tensor]:
+def foreign_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """The weights by the names of `transformers`: views of ours."""
     own = model_tensors(model)
-    return {
-        name: part
-        for stack in weight_map(model.config)
-        for name, part in zip(stack.foreign, own[stack.own].split(stack.rows), strict=True)
-    }
-
-
-def write_shards(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """`model.safetensors`, or several files and their index. Raises StorageError."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        _save(tensors, shards[0], folder / "model.safetensors")
-        return
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(tensors, names, folder / file)
-        where |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _save(tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
-    # Copies: parts of one of our tensors share its memory, which files of weights may not.
-    shard = {name: tensors[name].detach().cpu().clone().contiguous() for name in names}
-    try:
-        save_file(shard, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise StorageError(
-            f"cannot write {path}: {error}", hint="free some space, or write to another disk"
-        ) from None
+    for stack in weight_map(model.config):
+        yield from zip(stack.foreign, own[stack.own].split(stack.rows), strict=True)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyper.config import ExpertConfig, RopeScaling
+from pyper.config import ExpertConfig
 from pyper.config.load import nearest, validate
 from pyper.errors import ConfigError
 from pyper.export.families import FAMILIES, Family
-from pyper.export.hf_rope import own_scaling, scaling_keys
+from pyper.export.import_rope import read_rope
+from pyper.export.import_values import ConfigReader, refused, short
 
-_ABSENT: Any = object()
-_MOST_LAYERS = 4096
 _READ_KEYS = """
 model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
 num_attention_heads num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps
@@ -80,12 +79,12 @@ def read_config(values: Mapping[str, Any], ignored: Collection[str] = ()) -> For
     family = _family(values)
     values = _without(values, ignored, family)
     _check_keys(values, family, ignored)
-    reader = _Reader(values, family)
+    reader = ConfigReader(values, family)
     seq_len, notes = _context(reader)
-    theta, scaling, rope_notes = _rope(reader, ignored)
+    theta, scaling, rope_notes = read_rope(reader, ignored)
     activation = reader.get("hidden_act")
     if activation not in family.activations:
-        raise _refused("hidden_act", activation, f"known: {', '.join(family.activations)}")
+        raise refused("hidden_act", activation, f"known: {', '.join(family.activations)}")
     expert = {
         "vocab_size": reader.count("vocab_size"),
         "seq_len": seq_len,
@@ -105,9 +104,9 @@ def _family(values: Mapping[str, Any]) -> Family:
     kind, architectures = values.get("model_type"), values.get("architectures")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise _refused("model_type", kind, f"known: {', '.join(FAMILIES)}")
+        raise refused("model_type", kind, f"known: {', '.join(FAMILIES)}")
     if architectures not in (None, [family.architecture]):
-        raise _refused("architectures", architectures, f"it must be `{family.architecture}`")
+        raise refused("architectures", architectures, f"it must be `{family.architecture}`")
     return family
 
 
@@ -140,61 +139,17 @@ def _check_keys(values: Mapping[str, Any], family: Family, ignored: Collection[s
             continue
         if key not in _CHANGES_NOTHING_AS:
             raise ConfigError(
-                f"config.json has the key `{key}` ({_short(value)}), which Pyper does not know",
+                f"config.json has the key `{key}` ({short(value)}), which Pyper does not know",
                 hint=f"if it changes nothing that the model computes: `--ignore-key {key}`",
             )
         if value not in _CHANGES_NOTHING_AS[key]:
-            raise _refused(key, value, "Pyper has nothing that computes this")
+            raise refused(key, value, "Pyper has nothing that computes this")
 
 
-class _Reader:
-    """Values of the right type, or the family's defaults."""
-
-    def __init__(self, values: Mapping[str, Any], family: Family) -> None:
-        self.values, self.family = values, family
-
-    def get(self, key: str) -> Any:
-        """As it stands; the family's default where it does not."""
-        value = self.values.get(key, _ABSENT)
-        return self.family.default(key) if value is _ABSENT else value
-
-    def count(self, key: str) -> int:
-        """A whole number from 1, which must be there."""
-        value = self.values.get(key, _ABSENT)
-        if value is _ABSENT and key == "max_position_embeddings":
-            value = self.family.default(key)
-        if value is _ABSENT:
-            raise ConfigError(f"config.json lacks `{key}`", hint="download the model again")
-        # Lists are made as long as there are layers, before the weights say how many there are.
-        most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise _refused(key, value, f"it must be a whole number in 1 … {most:,}")
-        return value
-
-    def optional_count(self, key: str) -> int | None:
-        """The same, where null and absence have a meaning."""
-        value = self.get(key)
-        return None if value is None else _Reader({key: value}, self.family).count(key)
-
-    def number(self, key: str) -> float:
-        """A positive number."""
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise _refused(key, value, "it must be a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """True or false; null is false."""
-        value = self.get(key)
-        if not isinstance(value, bool | None):
-            raise _refused(key, value, "it must be true or false")
-        return bool(value)
-
-
-def _heads(reader: _Reader) -> dict[str, Any]:
+def _heads(reader: ConfigReader) -> dict[str, Any]:
     d_model, n_heads = reader.count("hidden_size"), reader.count("num_attention_heads")
     if reader.family.whole_heads and d_model % n_heads:
-        raise _refused("num_attention_heads", n_heads, f"it must divide `hidden_size` ({d_model})")
+        raise refused("num_attention_heads", n_heads, f"it must divide `hidden_size` ({d_model})")
     return {
         "d_model": d_model,
         "n_layers": reader.count("num_hidden_layers"),
@@ -204,7 +159,7 @@ def _heads(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _blocks(reader: _Reader) -> dict[str, Any]:
+def _blocks(reader: ConfigReader) -> dict[str, Any]:
     family = reader.family
     has_bias = family.attention_bias == "key" and reader.flag("attention_bias")
     return {
@@ -218,7 +173,7 @@ def _blocks(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _no_rope_layers(reader: _Reader) -> tuple[int, ...]:
+def _no_rope_layers(reader: ConfigReader) -> tuple[int, ...]:
     n_layers, listed = reader.count("num_hidden_layers"), reader.values.get("no_rope_layers")
     if listed is None:
         every = 4
@@ -227,11 +182,11 @@ def _no_rope_layers(reader: _Reader) -> tuple[int, ...]:
         return tuple(range(every - 1, n_layers, every))
     is_list = isinstance(listed, list) and all(flag in (0, 1) for flag in listed)
     if not is_list or len(listed) < n_layers:
-        raise _refused("no_rope_layers", listed, f"it must hold {n_layers} times 0 or 1")
+        raise refused("no_rope_layers", listed, f"it must hold {n_layers} times 0 or 1")
     return tuple(layer for layer, flag in enumerate(listed[:n_layers]) if not flag)
 
 
-def _context(reader: _Reader) -> tuple[int, list[str]]:
+def _context(reader: ConfigReader) -> tuple[int, list[str]]:
     """The length up to which every layer sees everything."""
     longest = reader.count("max_position_embeddings")
     window = _window(reader)
@@ -244,15 +199,15 @@ def _context(reader: _Reader) -> tuple[int, list[str]]:
     return window, [note]
 
 
-def _window(reader: _Reader) -> int | None:
+def _window(reader: ConfigReader) -> int | None:
     """The sliding window of the layers that have one."""
     family, types = reader.family, reader.values.get("layer_types")
     if types is not None:
         known = {"full_attention", "sliding_attention"}
         if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
-            raise _refused("layer_types", types, "it must be a list of names")
+            raise refused("layer_types", types, "it must be a list of names")
         if other := [t for t in types if t not in known]:
-            raise _refused("layer_types", other[0], "Pyper has full attention alone")
+            raise refused("layer_types", other[0], "Pyper has full attention alone")
     slides = types is not None and "sliding_attention" in types
     if family.model_type == "mistral":
         return reader.optional_count("sliding_window")
@@ -263,81 +218,5 @@ def _window(reader: _Reader) -> int | None:
         )
         return reader.optional_count("sliding_window") if slides or by_layer else None
     if slides:
-        raise _refused("layer_types", "sliding_attention", "without a `sliding_window` in use")
+        raise refused("layer_types", "sliding_attention", "without a `sliding_window` in use")
     return None
-
-
-def _rope(reader: _Reader, ignored: Collection[str]) -> tuple[float, RopeScaling | None, list[str]]:
-    values = reader.values
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise _refused("rope_scaling", given, "it must be an object")
-    given = {key: v for key, v in given.items() if f"rope_scaling.{key}" not in ignored}
-    theta = _Reader(
-        {"rope_theta": given["rope_theta"]} if given.get("rope_theta") is not None else values,
-        reader.family,
-    ).number("rope_theta")
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise _refused("partial_rotary_factor", partial, "Pyper turns whole heads")
-    kind = given.get("rope_type", given.get("type", "default"))
-    known = {"default": set(), "dynamic": {"factor", "original_max_position_embeddings"}}
-    known |= {kind: scaling_keys(kind) | {"factor"} for kind in ("linear", "yarn", "llama3")}
-    if not isinstance(kind, str) or kind not in known:
-        raise _refused("rope_type", kind, f"known: {', '.join(known)}")
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    for key in given.keys() - known[kind] - common:
-        raise ConfigError(
-            f"`rope_scaling.{key}` in config.json is not known with `rope_type` `{kind}`",
-            hint=f"if it changes nothing: `--ignore-key rope_scaling.{key}`",
-        )
-    if kind == "default":
-        return theta, None, []
-    if kind == "dynamic":
-        return theta, None, [_DYNAMIC]
-    return theta, _scaling(reader, kind, given), []
-
-
-# Beyond that length `transformers` turns all keys by the length of the moment: a full pass and a
-# cached one then differ, and a prediction depends on how much comes after it.
-_DYNAMIC = (
-    "`rope_type` `dynamic` changes nothing up to `max_position_embeddings`, and the context ends "
-    "there: beyond it predictions would depend on later tokens"
-)
-
-
-def _scaling(reader: _Reader, kind: str, given: Mapping[str, Any]) -> RopeScaling:
-    longest = reader.count("max_position_embeddings")
-    values = dict(given)
-    if kind in ("yarn", "llama3"):
-        stated = reader.values.get("original_max_position_embeddings")
-        original = stated or values.get("original_max_position_embeddings") or longest
-        values["original_max_position_embeddings"] = original
-        if kind == "yarn" and values.get("factor") is None and isinstance(original, int):
-            values["factor"] = longest / original
-    if not (values.get("mscale") and values.get("mscale_all_dim")):  # only both have an effect
-        values.pop("mscale", None)
-        values.pop("mscale_all_dim", None)
-    for key in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
-        if key not in values:
-            raise ConfigError(
-                f"`rope_scaling` in config.json lacks `{key}`", hint="download the model again"
-            )
-    try:
-        return own_scaling(kind, values)
-    except ConfigError as error:
-        raise ConfigError(
-            f"`rope_scaling` in config.json: {error.message}", hint="download the model again"
-        ) from None
-
-
-def _refused(key: str, value: Any, why: str) -> ConfigError:
-    return ConfigError(
-        f"`{key}` in config.json is {_short(value)}: {why}",
-        hint="this model cannot be taken over exactly; docs/import-export.md lists what can",
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

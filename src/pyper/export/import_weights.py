@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pyper.config import ExpertConfig
 from pyper.errors import CheckpointError
-from pyper.export.hf_expert import INDEX
 from pyper.export.hf_weights import Shape, Stack, weight_map
 from pyper.export.import_files import read_object
+from pyper.export.shards import INDEX
 
 _SINGLE = "model.safetensors"
 DTYPES = {
@@ -119,7 +119,7 @@ class ForeignWeights:
             )
 
     def _check_surplus(self, needed: Mapping[str, Shape], config: ExpertConfig) -> None:
-        for name in self._places.keys() - needed.keys():
+        for name in sorted(self._places.keys() - needed.keys()):
             if name.endswith(".rotary_emb.inv_freq"):  # old versions saved what they can compute
                 continue
             if name == "lm_head.weight" and config.tie_embeddings:
