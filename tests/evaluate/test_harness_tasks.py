@@ -1,5 +1,6 @@
 """`pyper evaluate MODEL --tasks` on tasks of our own, and what it says when it cannot."""
 
+import io
 import json
 import math
 import shutil
@@ -210,6 +211,15 @@ def test_the_command_prints_a_table_or_one_json_object(
     assert result["lm_eval"].startswith("0.")
 
 
+def test_a_terminal_shows_our_bars_and_no_others(model: Path) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    evaluate_tasks(model, HarnessOptions([str(TASKS / "sums.yaml")], limit=2), screen)
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "log-likelihoods" in shown
+    assert "8/8" in shown
+    assert "it/s" not in shown
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -295,7 +305,8 @@ def test_a_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow  # ten seconds: thousands of tasks are known by name
 def test_named_tasks_without_network(model: Path) -> None:
     for name, message, hint in [
-        ("arc_eazy", "no task `arc_eazy`", "arc_easy"),
+        ("arc_eazy", "no task `arc_eazy`", "did you mean `arc_easy`"),
+        ("zzzzzz", "no task `zzzzzz`", "a task of your own"),
         ("arc_easy", "`arc_easy` cannot be had", "data_files"),
     ]:
         with pytest.raises(PyperError) as refused:

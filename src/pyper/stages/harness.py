@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness on a saved model."""
 
+import difflib
 import importlib.metadata
 import importlib.util
 import io
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
-from pyper.config.load import nearest
 from pyper.errors import ConfigError, DataError, MissingExtraError, PyperError
 from pyper.stages.write import open_model
 
@@ -103,7 +103,7 @@ def _load_tasks(options: HarnessOptions, bars: "_Bars") -> Loaded:
         if not is_file and name not in manager.task_index:
             raise ConfigError(
                 f"lm-evaluation-harness has no task `{name}`",
-                hint=f"{nearest(name, manager.all_tasks)}; {_LOCAL}",
+                hint=_closest(name, manager.all_tasks) + _LOCAL,
             )
         for part, values in _load_task(manager, name, is_file).items():
             loaded[part] |= values
@@ -111,6 +111,11 @@ def _load_tasks(options: HarnessOptions, bars: "_Bars") -> Loaded:
     for task in loaded["tasks"].values():
         _set_fewshot(task, options.fewshot)
     return loaded
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {', '.join(f'`{found}`' for found in close)}? " if close else ""
 
 
 def _load_task(manager: Any, name: str, is_file: bool) -> Loaded:
@@ -245,8 +250,15 @@ class _Bars:
 @contextmanager
 def _only_our_bars(console: Console) -> Iterator[_Bars]:
     """The libraries' own bars and warnings say little: they go nowhere, ours where stderr is."""
-    here = Console(file=console.file, quiet=console.quiet)
+    here = Console(file=console.file, force_terminal=console.is_terminal, quiet=console.quiet)
     columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
-    bars = Progress(*columns, console=here, transient=True, disable=not here.is_terminal)
+    bars = Progress(
+        *columns,
+        console=here,
+        transient=True,
+        disable=not here.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,  # or what goes nowhere would be printed above the bars
+    )
     with redirect_stderr(io.StringIO()), bars:
         yield _Bars(bars)
