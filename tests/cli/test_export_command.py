@@ -58,6 +58,7 @@ def test_a_run_becomes_a_folder_that_says_the_same_elsewhere(
     assert names >= {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
         *("modeling_pyper_mixture.py", "configuration_pyper_mixture.py", "pyper_layers.py"),
+        "pyper_feed_forward.py",
         *("README.md", "MANIFEST.json"),
     }
     card = (tmp_path / "out" / "README.md").read_text()

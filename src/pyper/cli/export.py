@@ -44,7 +44,8 @@ def export(
 
     Example: `pyper export runs/quickstart --to hf -o exported/quickstart`
     """
-    from pyper.stages.export import ExportOptions, export_model, export_table
+    from pyper.stages.export import export_model, export_table
+    from pyper.stages.export_source import ExportOptions
 
     options = ExportOptions(
         to=to,

@@ -2,20 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from pyper.checkpoint import MANIFEST, format_bytes, write_folder_atomically
-from pyper.checkpoint import read_manifest as read_folder_manifest
-from pyper.config.load import nearest
-from pyper.data import TextTokenizer
-from pyper.data.chat_template import find_template
-from pyper.errors import ConfigError, PyperError
+from pyper.checkpoint import format_bytes, write_folder_atomically
+from pyper.errors import ConfigError
 from pyper.export import export_expert, export_tokenizer
 from pyper.export.card import CardFacts, model_card
 from pyper.export.families import family_of
@@ -23,62 +17,27 @@ from pyper.export.gguf_file import FileType, check_gguf, write_gguf
 from pyper.export.gguf_model import gguf_architecture
 from pyper.export.mixture_hf import export_mixture, export_single
 from pyper.export.sparse_stock import export_stock, why_not_stock
-from pyper.mixture import LMRouter, Mixture, MixtureSettings, find_mixture
-from pyper.nn import Transformer, count_parameters
+from pyper.mixture import MixtureSettings
+from pyper.nn import Transformer
 from pyper.stages.export_check import check_exported, require_transformers, sample_text
 from pyper.stages.export_facts import (
     domain_facts,
     evaluation_of,
     evaluation_of_expert,
-    export_name,
     mixing_in_words,
     recipe_facts,
     run_around,
 )
-from pyper.stages.write import open_model
+from pyper.stages.export_source import (
+    MARK,
+    ExportOptions,
+    Source,
+    check_options,
+    open_source,
+    refuse_overwriting,
+)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FILE_TYPES: dict[str, FileType] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_MARK = "pyper_export"  # in the manifest: what may be overwritten
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """As typed."""
-
-    to: str = "hf"
-    expert: str | None = None
-    mixing: str | None = None
-    architecture: str = "auto"
-    dtype: str | None = None
-    shard_gb: float = 5.0
-    license_name: str | None = None
-    check: bool = True
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is exported."""
-
-    path: Path
-    mixture: Mixture
-    """Of one, where one model is exported."""
-    tokenizer: TextTokenizer
-    chat_template: str | None
-    name: str
-    dtype: str
-    """`fp32`, `fp16` or `bf16`."""
-
-    @property
-    def single(self) -> Transformer | None:
-        """The only model, where there is one."""
-        return self.mixture.expert(0) if self.mixture.n_experts == 1 else None
-
-    @property
-    def parameters(self) -> int:
-        """Of all experts."""
-        experts = range(self.mixture.n_experts)
-        return sum(count_parameters(self.mixture.expert(e).config) for e in experts)
 
 
 def export_model(
@@ -89,17 +48,16 @@ def export_model(
     Raises ConfigError for options and for what the other side cannot be, MissingExtraError,
     CheckpointError when the check fails, StorageError.
     """
-    _check_options(options)
-    _refuse_overwriting(output)
+    check_options(options)
+    refuse_overwriting(output)
     if options.check and options.to == "hf":
         require_transformers()
-    source = _open(path, options)
-    needed = source.parameters * _DTYPES[source.dtype].itemsize
+    source = open_source(path, options)
     write = _write_gguf if options.to == "gguf" else _write_hf
     with (
-        console.status(f"writing {format_bytes(needed)}") as status,
+        console.status(f"writing {format_bytes(source.bytes)}") as status,
         write_folder_atomically(
-            output, metadata={_MARK: options.to}, needed_bytes=needed
+            output, metadata={MARK: options.to}, needed_bytes=source.bytes
         ) as folder,
     ):
         return {"path": str(output), "to": options.to, "parameters": source.parameters} | write(
@@ -122,7 +80,7 @@ def export_table(result: dict[str, Any]) -> Table:
 
 
 def _write_hf(
-    source: _Source, folder: Path, options: ExportOptions, say: Callable[[str], None]
+    source: Source, folder: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
     shard_bytes = max(1, round(options.shard_gb * 1e9))
     architecture, note = _write_weights(source, folder, options.architecture, shard_bytes)
@@ -150,7 +108,7 @@ def _write_hf(
 
 
 def _write_weights(
-    source: _Source, folder: Path, architecture: str, shard_bytes: int
+    source: Source, folder: Path, architecture: str, shard_bytes: int
 ) -> tuple[str, str | None]:
     """The architecture's name, and why it is none of the stock ones where one was looked for."""
     model = source.single
@@ -188,7 +146,7 @@ def _stock_of(model: Transformer) -> tuple[Callable[..., str], str | None]:
 
 
 def _write_gguf(
-    source: _Source, folder: Path, options: ExportOptions, say: Callable[[str], None]
+    source: Source, folder: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
     model = source.single
     if model is None:
@@ -224,7 +182,7 @@ def _write_gguf(
 
 
 def _write_card(
-    source: _Source,
+    source: Source,
     folder: Path,
     options: ExportOptions,
     architecture: str,
@@ -261,54 +219,3 @@ def _write_card(
         notes=notes,
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
-
-
-def _open(path: Path, options: ExportOptions) -> _Source:
-    opened = open_model(
-        path, expert=options.expert, mixing=options.mixing, resident=None, device="cpu"
-    )
-    mixture = opened.mixture
-    stored = {dtype: name for name, dtype in _DTYPES.items()}[mixture.expert(0).dtype]
-    if options.dtype is not None and options.to == "hf":  # GGUF rounds matrices only
-        for model in _models(mixture):
-            model.to(_DTYPES[options.dtype])
-    name = export_name(path, mixture.settings.experts[0] if options.expert else None)
-    template = find_template(find_mixture(path))
-    return _Source(path, mixture, opened.tokenizer, template, name, options.dtype or stored)
-
-
-def _models(mixture: Mixture) -> list[Transformer]:
-    routers = mixture.router.models if isinstance(mixture.router, LMRouter) else []
-    return [*(mixture.expert(e) for e in range(mixture.n_experts)), *routers]
-
-
-def _check_options(options: ExportOptions) -> None:
-    known = {
-        "--to": (options.to, ("hf", "gguf")),
-        "--architecture": (options.architecture, ("auto", "stock", "pyper")),
-        "--dtype": (options.dtype or "fp32", tuple(_DTYPES)),
-    }
-    for option, (value, values) in known.items():
-        if value not in values:
-            raise ConfigError(f"`{option}` does not know `{value}`", hint=nearest(value, values))
-    if not 0 < options.shard_gb < float("inf"):
-        raise ConfigError(
-            f"`--shard-gb` must be more than 0, not {options.shard_gb}", hint="`5` is usual"
-        )
-
-
-def _refuse_overwriting(output: Path) -> None:
-    """An earlier export may be replaced, nothing else."""
-    if output.is_file():
-        raise ConfigError(f"`{output}` is a file", hint="choose another folder with `-o`")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    try:
-        is_export = _MARK in read_folder_manifest(output).metadata
-    except PyperError:
-        is_export = False
-    if not is_export:
-        raise ConfigError(
-            f"`{output}` exists and is no export of Pyper (its {MANIFEST} does not say so)",
-            hint="choose another folder with `-o`",
-        )
