@@ -70,9 +70,13 @@ def test_scores_match_the_obvious_loop(mode: dict[str, Any], router: str) -> Non
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 333, 100_000])
-def test_answers_depend_neither_on_the_size_of_batches_nor_on_the_order(batch_tokens: int) -> None:
-    mixture, asks = small_mixture(), questions(12)
+@pytest.mark.parametrize("router", ["unigram", "lm"])
+def test_answers_depend_neither_on_the_size_of_batches_nor_on_the_order(
+    batch_tokens: int, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture, asks = small_mixture(router, mixing="top1"), questions(12)
     expected = [answer for ask in asks for answer in score(mixture, [ask])]
+    monkeypatch.setattr("pyper.evaluate.harness_scores._LOGITS_AT_ONCE", 2**10)  # a few rows
 
     assert_same(score(mixture, asks, batch_tokens=batch_tokens), expected, atol=1e-6)
     back = score(mixture, asks[::-1], batch_tokens=batch_tokens)

@@ -44,9 +44,10 @@ class _Family:
         return (len(self.asks[0].context) - 1) // PAGE_TOKENS * PAGE_TOKENS
 
     @property
-    def n_tokens(self) -> int:
-        """That are read."""
-        return self.n_shared + sum(len(ask.read) - self.n_shared for ask in self.asks)
+    def n_slots(self) -> int:
+        """Tokens whose keys and values have room, in whole pages; at least those that are read."""
+        own = (len(ask.read) - self.n_shared for ask in self.asks)
+        return self.n_shared + sum(-(-n // PAGE_TOKENS) * PAGE_TOKENS for n in own)
 
     @property
     def longest(self) -> int:
@@ -159,7 +160,7 @@ def batches_of(asks: Sequence[Ask], batch_tokens: int) -> Iterator[Batch]:
     memory is found at once."""
     batch: list[_Family] = []
     for family in _families(asks, batch_tokens):
-        if batch and sum(f.n_tokens for f in batch) + family.n_tokens > batch_tokens:
+        if batch and sum(f.n_slots for f in batch) + family.n_slots > batch_tokens:
             yield Batch(batch)
             batch = []
         batch.append(family)
@@ -175,7 +176,7 @@ def _families(asks: Sequence[Ask], batch_tokens: int) -> list[_Family]:
     families = []
     for places in by_context.values():
         whole = _Family([asks[place] for place in places], places)
-        step = len(places) if whole.n_tokens <= batch_tokens else batch_tokens // whole.longest
+        step = len(places) if whole.n_slots <= batch_tokens else batch_tokens // whole.longest
         for start in range(0, len(places), max(1, step)):
             part = places[start : start + max(1, step)]
             families.append(_Family([asks[place] for place in part], part))

@@ -124,7 +124,7 @@ class _Reading:
         targets = batch.targets.to(device)
         scores = [
             self._said(model, -1, part).gather(-1, targets[part, None]).squeeze(-1)
-            for part in self._parts(len(targets), n_experts=1)
+            for part in self._parts(len(targets), n_each=1)
         ]
         return torch.cat(scores)
 
@@ -133,15 +133,19 @@ class _Reading:
         logits: Tensor = model.head(self._states[expert][rows])
         return logits.float().log_softmax(dim=-1)
 
-    def _parts(self, n: int, n_experts: int) -> Iterator[slice]:
+    def _parts(self, n: int, n_each: int) -> Iterator[slice]:
+        """n rows in parts, where each row takes `n_each` times the vocabulary."""
         vocab_size = self.mixture.expert(0).config.vocab_size
-        step = max(1, _LOGITS_AT_ONCE // (vocab_size * n_experts))
+        step = max(1, _LOGITS_AT_ONCE // (vocab_size * n_each))
         return (slice(start, start + step) for start in range(0, n, step))
 
     def _router_scores(self) -> Tensor:
-        if self.mixture.router is None:
+        router = self.mixture.router
+        if router is None:
             return self.scores
-        return self.mixture.router.token_scores(self.batch.tokens.to(self.scores.device))
+        tokens = self.batch.tokens.to(self.scores.device)
+        parts = self._parts(len(tokens), n_each=tokens.shape[1])  # it may be language models
+        return torch.cat([router.token_scores(tokens[part]) for part in parts])
 
     def is_best(self) -> Tensor:
         """(B, T), whether the mixture holds no token likelier than the one that comes.
