@@ -250,13 +250,34 @@ def test_the_end_after_the_last_answer_is_learned_and_after_a_question_it_is_not
     assert weights[0][ends[-1] :].all()
 
 
+def test_plain_text_before_and_between_chats_of_one_shard_has_weights_of_one(
+    tmp_path: Path,
+) -> None:
+    records = [{"text": "one"}, {"text": "two"}, {"messages": CHAT}, {"text": "three"}]
+    write_records(tmp_path / "in" / "train.jsonl", records)
+    config = PrepareConfig(tokenizer="bytes", valid_fraction=0, test_fraction=0)
+    prepare([tmp_path / "in"], tmp_path / "out", config)
+    data = TokenData.open(tmp_path / "out")
+    documents = data.documents("train")
+    found = [learned(documents, data.tokenizer(), i) for i in range(4)]
+    assert found == ["one", "two", "hi there<|end|>\nsee you<|end|>\n", "three"]
+    assert documents.weights is not None
+    assert len(documents.weights[0]) == documents.n_tokens
+
+
 def test_chats_are_not_cut_where_documents_are(tmp_path: Path) -> None:
-    """Three chats are too few for fair shares by hash: plain documents would be cut."""
-    write_records(tmp_path / "in" / "talk.jsonl", chats(3))
+    """One long text gives no fair shares by hash, so it is cut; the chats beside it are not."""
+    long = "".join(f"line {i}\n" for i in range(2000))
+    write_records(tmp_path / "in" / "talk.jsonl", [{"text": long}, *chats(20)])
     prepare([tmp_path / "in"], tmp_path / "out", PrepareConfig.model_validate(BYTES))
     data = TokenData.open(tmp_path / "out")
-    n = sum(data.documents(split).n_documents for split in SPLITS)
-    assert n == 3
+    tokenizer, found = data.tokenizer(), []
+    for split in SPLITS:
+        documents = data.documents(split)
+        found += [tokenizer.decode(documents.tokens(i)) for i in range(len(documents))]
+    assert sum(text.startswith("<|user|>") for text in found) == 20
+    assert sum(text.startswith("line") for text in found) == 3
+    assert all(text.endswith("A end<|end|>\n") for text in found if text.startswith("<|user|>"))
 
 
 def test_a_folder_of_chats_holds_its_template_and_notices_another(tmp_path: Path) -> None:
@@ -314,4 +335,7 @@ def test_tokenizers_that_mark_the_start_of_a_text_are_weighed_by_offsets() -> No
     assert tokens.tolist() == [0, 1, 2, 1]
     assert weights is not None
     assert weights.tolist() == [0, 1, 1, 0]
+    [(_, edge)] = encode_documents(tokenizer, [("a b c b", ((1, 3),))])
+    assert edge is not None
+    assert edge.tolist() == [0, 1, 0, 0]
     assert (plain.tolist(), none) == ([0, 1], None)

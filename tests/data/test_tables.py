@@ -52,7 +52,8 @@ def test_a_csv_gives_back_what_was_written(
     with path.open("w", newline="", encoding="utf-8-sig" if mark else "utf-8") as stream:
         writer = csv.writer(stream, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_ALL)
         writer.writerows([header, *rows])
-    assert [list(record.values()) for record, _ in read_csv(path)] == rows
+    expected = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [record for record, _ in read_csv(path)] == expected
 
 
 def test_a_csv_is_read_as_pyarrow_reads_it(tmp_path: Path) -> None:
