@@ -26,9 +26,8 @@ _OF_LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _OURS = r"'(?:[sdmt]|ll|ve|re)|"
 _GPT2 = "ByteLevel"
 _NOTES = {
-    _OURS + _TAIL: "llama.cpp has this tokenizer's pattern only with capitals taken for small "
-    "letters: after an apostrophe before S, T, M, D, LL, RE or VE (as in 'The) it cuts elsewhere, "
-    "and the same text gets other, equally valid tokens",
+    _OURS + _TAIL: "llama.cpp takes contractions in capitals too: after an apostrophe before S, T, "
+    "M, D, LL, RE or VE (as in 'The) the same text is cut into other, equally valid tokens.",
     _OF_LLAMA_3 + _TAIL: None,
     _OF_LLAMA_3 + _TAIL.replace("{1,3}", ""): None,
     _GPT2: None,

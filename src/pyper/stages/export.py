@@ -75,7 +75,8 @@ def export_table(result: dict[str, Any]) -> Table:
             value = "\n".join(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
-        table.add_row(key.replace("_", " "), str(value).replace("[", "\\["))
+        if value != "":
+            table.add_row(key.replace("_", " "), str(value).replace("[", "\\["))
     return table
 
 
@@ -167,7 +168,7 @@ def _write_gguf(
         stop_ids=source.mixture.settings.stop_ids,
     )
     architecture = gguf_architecture(model.config)
-    notes = [] if note is None else [note[0].upper() + note[1:] + "."]
+    notes = [] if note is None else [note]
     _write_card(source, folder, options, architecture, notes, gguf_file=file)
     result: dict[str, Any] = {
         "architecture": architecture,
