@@ -83,7 +83,7 @@ def read_config(values: Mapping[str, Any], ignored: Collection[str] = ()) -> For
     seq_len, notes = _context(reader)
     theta, scaling, rope_notes = read_rope(reader, ignored)
     activation = reader.get("hidden_act")
-    if activation not in family.activations:
+    if not isinstance(activation, str) or activation not in family.activations:
         raise refused("hidden_act", activation, f"known: {', '.join(family.activations)}")
     expert = {
         "vocab_size": reader.count("vocab_size"),

@@ -8,6 +8,7 @@ from pyper.export.families import Family
 
 ABSENT: Any = object()
 _MOST_LAYERS = 4096
+_LARGEST_NUMBER = 1e30
 
 
 class ConfigReader:
@@ -42,7 +43,8 @@ class ConfigReader:
     def number(self, key: str) -> float:
         """A positive number."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < _LARGEST_NUMBER:
             raise refused(key, value, "it must be a positive number")
         return float(value)
 

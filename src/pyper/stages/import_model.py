@@ -17,7 +17,12 @@ from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, MissingExtraError
 from pyper.export.import_config import ForeignConfig, read_config
 from pyper.export.import_files import read_object, read_optional
-from pyper.export.import_tokenizer import check_rows, read_tokenizer, stop_ids
+from pyper.export.import_tokenizer import (
+    ForeignTokenizer,
+    check_rows,
+    read_tokenizer,
+    stop_ids,
+)
 from pyper.export.import_weights import ForeignWeights
 from pyper.mixture import MixtureSettings, build_expert
 from pyper.nn import Transformer
@@ -51,34 +56,58 @@ def import_model(
     """
     _check_folders(source, output)
     dtype = _dtype_of(options.dtype)
+    opened = _open(source, options)
+    tensors = _read(
+        opened.weights, opened.config, opened.weights.dtype(dtype, opened.values), console
+    )
+    model = build_expert(opened.config, tensors, device=torch.device("cpu"), keep=True)
+    settings = _settings(source, opened)
+    template = find_template(source)
+    save_single(output, model, settings, opened.tokenizer.tokenizer, template)
+    result = _facts(output, opened, model, settings) | {"chat_template": bool(template)}
+    if options.check:
+        result["check"] = {"largest_logit_difference": compare_logits(source, model)}
+    return result
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder whose parts fit together."""
+
+    values: dict[str, Any]
+    foreign: ForeignConfig
+    weights: ForeignWeights
+    tokenizer: ForeignTokenizer
+
+    @property
+    def config(self) -> ExpertConfig:
+        """With the token that begins documents."""
+        bos_id = self.tokenizer.tokenizer.bos_id
+        return self.foreign.expert.model_copy(update={"bos_id": bos_id})
+
+
+def _open(source: Path, options: ImportOptions) -> _Opened:
     values = read_object(source / "config.json")
     foreign = read_config(values, options.ignored_keys)
     weights = ForeignWeights(source)
     weights.check(foreign.expert)
-    found = read_tokenizer(
-        source, values, read_optional(source / "tokenizer_config.json"), options.bos
-    )
-    check_rows(found.tokenizer, foreign.expert.vocab_size)
-    template = find_template(source)
-    config = foreign.expert.model_copy(update={"bos_id": found.tokenizer.bos_id})
-    tensors = _read(weights, config, weights.dtype(dtype, values), console)
-    model = build_expert(config, tensors, device=torch.device("cpu"), keep=True)
+    beside = read_optional(source / "tokenizer_config.json")
+    tokenizer = read_tokenizer(source, values, beside, options.bos)
+    check_rows(tokenizer.tokenizer, foreign.expert.vocab_size)
+    return _Opened(values, foreign, weights, tokenizer)
+
+
+def _settings(source: Path, opened: _Opened) -> MixtureSettings:
     generation = read_optional(source / "generation_config.json")
-    settings = MixtureSettings(
+    return MixtureSettings(
         experts=(source.resolve().name,),
-        tokenizer_fingerprint=found.tokenizer.fingerprint,
-        bos_id=found.tokenizer.bos_id,
-        stop_ids=stop_ids(values, generation, config.vocab_size),
-        seq_len=config.seq_len,
+        tokenizer_fingerprint=opened.tokenizer.tokenizer.fingerprint,
+        bos_id=opened.config.bos_id,
+        stop_ids=stop_ids(opened.values, generation, opened.config.vocab_size),
+        seq_len=opened.config.seq_len,
         router="experts",
         top_k=1,
     )
-    save_single(output, model, settings, found.tokenizer, template)
-    result = _facts(output, foreign, model, settings, found.tokenizer.vocab_size)
-    result |= {"bos": found.bos, "bos_source": found.bos_source, "chat_template": bool(template)}
-    if options.check:
-        result["check"] = {"largest_logit_difference": compare_logits(source, model)}
-    return result
 
 
 def _check_folders(source: Path, output: Path) -> None:
@@ -123,24 +152,22 @@ def _read(
 
 
 def _facts(
-    output: Path,
-    foreign: ForeignConfig,
-    model: Transformer,
-    settings: MixtureSettings,
-    n_tokens: int,
+    output: Path, opened: _Opened, model: Transformer, settings: MixtureSettings
 ) -> dict[str, Any]:
     return {
         "path": str(output),
-        "architecture": foreign.family.architecture,
+        "architecture": opened.foreign.family.architecture,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(p.nbytes for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "context": settings.seq_len,
         "vocab_size": model.config.vocab_size,
-        "tokens": n_tokens,
+        "tokens": opened.tokenizer.tokenizer.vocab_size,
+        "bos": opened.tokenizer.bos,
+        "bos_source": opened.tokenizer.bos_source,
         "bos_id": settings.bos_id,
         "stop_ids": list(settings.stop_ids),
-        "notes": list(foreign.notes),
+        "notes": list(opened.foreign.notes),
     }
 
 
