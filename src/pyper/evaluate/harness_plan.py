@@ -114,7 +114,7 @@ class Batch:
         """Of the questions among all of them."""
         return [row.place for row in self._rows]
 
-    @property
+    @cached_property
     def passes(self) -> list[tuple[Tensor, list[Chunk]]]:
         """Tokens, N in all, and where they belong; one pass after another."""
         stems = [ask.read[: chunk.n_new] for chunk, ask in self._stems]
@@ -124,7 +124,7 @@ class Batch:
         ]
         return [(_flat(tokens), chunks) for tokens, chunks in passes if chunks]
 
-    @property
+    @cached_property
     def targets(self) -> Tensor:
         """(N,), the token that comes after each that is read."""
         stems = [ask.read[1 : chunk.n_new + 1] for chunk, ask in self._stems]
