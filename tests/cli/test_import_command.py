@@ -81,6 +81,43 @@ def test_training_goes_on_from_it(
     assert pyper("generate", run, "-p", "1 + ", "-n", 3).exit_code == 0
 
 
+def test_experts_branch_from_it(
+    pyper: Pyper, seed: Path, texts_folder: Path, tmp_path: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    pyper("prepare", texts_folder, "-o", data, "--tokenizer", seed / "tokenizer.json")
+    (tmp_path / "two.toml").write_text(
+        f"""
+        [run]
+        folder = "{run}"
+        [data]
+        path = "{data}"
+        seq_len = 16
+        [mixture]
+        n_experts = 2
+        assign = "folder"
+        router = "unigram"
+        [train]
+        start_from = "{seed}"
+        steps = 2
+        global_batch_tokens = 64
+        learning_rate = 1e-9
+        precision = "fp32"
+        [evaluate]
+        tokens = 64
+        """
+    )
+    ended = pyper("train", tmp_path / "two.toml")
+    assert ended.exit_code == 0, ended.stderr
+    mixture, _ = load_mixture(run)
+    assert mixture.settings.experts == ("sums", "tales")
+    before = load_mixture(seed)[0].expert(0).state_dict()
+    for expert in range(2):
+        for name, tensor in mixture.expert(expert).state_dict().items():
+            assert (tensor - before[name]).abs().max() < 1e-6
+    assert pyper("generate", run, "-p", "1 + ", "-n", 3).exit_code == 0
+
+
 def test_data_of_another_tokenizer_are_refused(seed: Path) -> None:
     other = "0" * 64
     with pytest.raises(TokenizerError, match="other words") as caught:
