@@ -15,7 +15,7 @@ from _record import add_json_option, write_record
 
 from pyper.data import Documents, Loader, TextTokenizer, TokenData
 from pyper.data.manifest import MANIFEST, TOKENIZER, DataManifest, SplitEntry, describe
-from pyper.data.shards import ShardWriter
+from pyper.data.shard_writer import ShardWriter
 
 MEAN_LENGTHS = (30, 300, 3000)
 WORKERS = (0, 1, 2)

@@ -10,7 +10,7 @@ from small_corpus import make_texts, write_jsonl
 
 from pyper.config import PrepareConfig
 from pyper.data import SPLITS, TextTokenizer, TokenData, prepare
-from pyper.data.shards import ShardWriter, token_dtype
+from pyper.data.shard_writer import ShardWriter, token_dtype
 from pyper.errors import DataError, StorageError
 
 BYTES = PrepareConfig(tokenizer="bytes", valid_fraction=0.1, test_fraction=0.1)

@@ -3,8 +3,6 @@
 import csv
 import gzip
 import io
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 
 from pyper.config import PrepareConfig
 from pyper.data import Document, ReadCounts, TokenData, prepare, read_documents
-from pyper.data.hub import HubName, parse_name
 from pyper.data.tables import read_csv
 from pyper.errors import DataError, MissingExtraError
 
@@ -232,49 +229,6 @@ def test_one_saved_split_in_several_files_is_read_without_its_caches(saved: Path
 def test_saved_data_sets_in_one_folder_are_domains(saved: Path) -> None:
     documents, _ = read(saved)
     assert {d.domain for d in documents} == {"alone", "corpus"}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("hf:owner/name", HubName("owner/name")),
-        ("hf:owner/name:train", HubName("owner/name", None, "train")),
-        ("hf:owner/name/config", HubName("owner/name", "config")),
-        ("hf:o-1/n.2/de_DE:train_sft", HubName("o-1/n.2", "de_DE", "train_sft")),
-    ],
-)
-def test_names_of_data_sets(text: str, expected: HubName) -> None:
-    assert parse_name(text) == expected
-    assert str(expected) == text
-
-
-@pytest.mark.parametrize(
-    "text", ["hf:", "hf:name", "hf:a/b/c/d", "hf:../../etc", "hf:a/b:", "hf:a/b c", "hf:/a/b"]
-)
-def test_what_is_no_name_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="not the name of a data set"):
-        parse_name(text)
-
-
-def test_offline_a_named_data_set_is_an_error_in_words(tmp_path: Path) -> None:
-    """In a process of its own: the library reads its settings once."""
-    code = (
-        "import sys; from pathlib import Path; from pyper.config import PrepareConfig\n"
-        "from pyper.data import prepare; from pyper.errors import DataError\n"
-        "try: prepare([Path('hf:owner/name:train')], Path('out'), PrepareConfig())\n"
-        "except DataError as error: print(error.message, '|', error.hint)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-        check=False,
-    )
-    assert done.stdout.startswith("cannot read hf:owner/name:train: "), done.stderr
-    assert "offline, name a folder" in done.stdout
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

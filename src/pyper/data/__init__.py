@@ -9,7 +9,8 @@ from pyper.data.manifest import DataManifest, ShardEntry, SplitEntry
 from pyper.data.packing import Packing
 from pyper.data.prepare import prepare
 from pyper.data.readers import Document, read_documents
-from pyper.data.shards import Documents, ShardWriter, TokenData
+from pyper.data.shard_writer import ShardWriter
+from pyper.data.shards import Documents, TokenData
 from pyper.data.sources import SPLITS, Split
 from pyper.data.tokenizer import BOS, TextTokenizer
 

@@ -1,11 +1,7 @@
 """Text to a data folder: de-duplicated, split, tokenized, in shards, with a manifest."""
 
 import hashlib
-import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +20,17 @@ from pyper.data.manifest import (
     describe,
     read_manifest,
 )
+from pyper.data.partial_folder import partial_folder
 from pyper.data.readers import Document, read_files
 from pyper.data.round_trip import describe_changes
 from pyper.data.sample import TextSample, add_sample, new_samples, trainable_part
-from pyper.data.shards import BUFFER_BYTES, ShardWriter, TokenData, token_dtype
+from pyper.data.shard_writer import BUFFER_BYTES, ShardWriter, token_dtype
+from pyper.data.shards import TokenData
 from pyper.data.sources import SPLITS, SourceFile, Split, find_files
 from pyper.data.splitting import Digest, DomainPlan, digest_of, plan_domain
 from pyper.data.tokenizer import TextTokenizer
 from pyper.data.weighing import Encoded, encode_documents
-from pyper.errors import DataError, StorageError, TokenizerError
+from pyper.errors import DataError, TokenizerError
 
 Progress = Callable[[str, int], None]
 """Called with the stage (`read` or `write`) and the documents done in it so far."""
@@ -82,7 +80,7 @@ def prepare(
     tokenizer = loaded or _train_tokenizer(plans, samples, config)
     if config.tokenizer not in ("bpe", "bytes"):
         _check_round_trip(tokenizer, plans, samples, config, warn)
-    with _partial_folder(output) as folder:
+    with partial_folder(output) as folder:
         tokenizer.save(folder / TOKENIZER)
         template = None
         if counts.chats:
@@ -318,38 +316,3 @@ def _empty(message: str, counts: ReadCounts) -> DataError:
     return DataError(
         f"{message} ({seen} in all)", hint="add text to it, or leave it out of the sources"
     )
-
-
-@contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when all went well, and else is removed."""
-    prefix = f".{output.name}.partial-{socket.gethostname()}-"
-    folder = output.parent / f"{prefix}{os.getpid()}"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(output.parent, prefix)
-        folder.mkdir()
-        yield folder
-        if output.is_dir():
-            output.rmdir()  # empty, as `_finished` found
-        folder.rename(output)
-    except OSError as error:  # the readers turn theirs into a DataError
-        raise StorageError(
-            f"cannot write {output}: {error.strerror or error}",
-            hint="free some space, or choose a folder you may write to",
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed runs on this machine left behind."""
-    if os.name != "posix":  # elsewhere signal 0 would end the process
-        return
-    for folder in parent.glob(f"{prefix}*"):
-        try:
-            os.kill(int(folder.name.removeprefix(prefix)), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, PermissionError):
-            continue

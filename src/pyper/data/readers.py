@@ -200,8 +200,8 @@ class _Reader:
         if len(self._domains) > _MAX_DOMAINS:
             key = "|".join(self._domain_keys)
             raise DataError(
-                f"{file.path}: `{key}` has more than {_MAX_DOMAINS:,} values, like `{name}`: that is "
-                "no domain",
+                f"{file.path}: `{key}` has more than {_MAX_DOMAINS:,} values, like `{name}`: that "
+                "is no domain",
                 hint="name another one, `--columns domain=NAME`",
             )
         return name
