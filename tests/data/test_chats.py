@@ -142,6 +142,12 @@ def test_records_of_both_kinds_mix_and_what_is_neither_is_counted(tmp_path: Path
     assert [d.answers is not None for d in named] == [True, False, True]
 
 
+def test_messages_under_a_name_that_no_record_has_are_missed_by_that_name(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(DataError, match=r"no key `text\|msgs`; keys there: `messages`"):
+        read(path, columns="messages=msgs")
+
+
 def test_messages_are_cleaned_before_answers_are_measured(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a\0\r\nb"}, {"role": "assistant", "content": "\ufeffx\0y"}]
     documents, counts = read(write_records(tmp_path / "a.jsonl", [{"messages": chat}]))

@@ -210,8 +210,11 @@ def _scan(
 
 def _refuse_empty(plans: dict[str, DomainPlan], counts: ReadCounts) -> None:
     if counts.documents == 0 and any(counts.filtered.values()):
-        most = max(counts.filtered, key=lambda source: counts.filtered[source])
-        raise _empty(f"nothing is left: the filter `{most}` removed most of the documents", counts)
+        told = ", ".join(f"`{source}` {n:,}" for source, n in counts.filtered.items() if n)
+        raise DataError(
+            f"the filters leave no document; they removed: {told}",
+            hint="loosen them, or try them on a few lines first",
+        )
     for name, plan in plans.items():
         if plan.documents == 0:
             raise _empty(f"the domain `{name}` has no documents", counts)

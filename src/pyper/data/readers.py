@@ -145,7 +145,8 @@ class _Reader:
             return self._render(record[chat])
         if key is None:
             if strict:
-                raise _missing_key(where, "|".join(self._text_keys), record)
+                named = self._chats.keys if self._chats.is_named else ()
+                raise _missing_key(where, "|".join([*self._text_keys, *named]), record)
             return None
         value = look_up(record, key)
         if value is not None and not isinstance(value, str):
