@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cli.conftest import Ended
 from nn.small_experts import small_expert
@@ -166,21 +167,39 @@ def test_a_folder_that_says_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_modelling_file_is_found(
-    pyper: Pyper, swiglu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def break_import(folder: Path) -> None:
+    layers = folder / "pyper_layers.py"
+    layers.write_text(layers.read_text().replace("import torch\n", "import pyper, torch\n"))
+
+
+def lose_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["decoder.norm.weight"]  # transformers would make one up
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"), [(break_import, "pyper"), (lose_a_weight, "decoder.norm.weight")]
+)
+def test_a_folder_that_does_not_load_as_it_should_is_not_kept(
+    damage: Callable[[Path], None],
+    named: str,
+    pyper: Pyper,
+    swiglu: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write = stage.export_single
 
-    def write_with_a_typo(model: Any, folder: Path, *, shard_bytes: int) -> str:
+    def write_damaged(model: Any, folder: Path, *, shard_bytes: int) -> str:
         name = write(model, folder, shard_bytes=shard_bytes)
-        layers = folder / "pyper_layers.py"
-        layers.write_text(layers.read_text().replace("import torch\n", "import pyper, torch\n"))
+        damage(folder)
         return name
 
-    monkeypatch.setattr(stage, "export_single", write_with_a_typo)
+    monkeypatch.setattr(stage, "export_single", write_damaged)
     ended = pyper("export", swiglu, "-o", tmp_path / "out", "--architecture", "pyper")
     assert "transformers cannot load" in ended.complaint[0]
-    assert "pyper" in ended.complaint[0]
+    assert named in ended.complaint[0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -101,16 +101,40 @@ def test_greedy_text_is_that_of_the_engine(
     assert greedy_elsewhere(model, [""], 20) == expected[-1:]  # from the document token alone
 
 
+def count_tokens(model: Any) -> list[int]:
+    """What each expert will have read, as it grows."""
+    read = [0] * len(model.experts)
+
+    def count(number: int, n_tokens: int) -> None:
+        read[number] += n_tokens
+
+    for number, expert in enumerate(model.experts):
+        expert.embedding.register_forward_pre_hook(
+            lambda _, args, number=number: count(number, args[0].numel())
+        )
+    return read
+
+
 def test_experts_that_become_unlikely_stop_running(tmp_path: Path) -> None:
     mixture = small_mixture("experts", top_k=2, temperature=1.0, prune=0.4, vocab_size=257)
     model = exported(mixture, tmp_path / "out")
-    read = [0] * 4
-    for number, expert in enumerate(model.experts):
-        expert.embedding.register_forward_pre_hook(
-            lambda _, args, number=number: read.__setitem__(number, read[number] + args[0].numel())
-        )
+    read = count_tokens(model)
     assert greedy_elsewhere(model, ["abc"], 20) == greedy_by_engine(mixture, ["abc"], 20)
     assert min(read) < 8 < 20 < max(read)
+
+
+def test_equal_shares_are_no_reason_to_drop_an_expert(tmp_path: Path) -> None:
+    mixture = small_mixture(top_k=2, temperature=0.01, prune=0.49, vocab_size=257)
+    model = exported(mixture, tmp_path / "out")
+    assert greedy_elsewhere(model, [""], 20) == greedy_by_engine(mixture, [""], 20)
+
+
+def test_after_the_prefix_one_expert_runs(tmp_path: Path) -> None:
+    model = exported(small_mixture(mixing="top1", vocab_size=257), tmp_path / "out")
+    read = count_tokens(model)
+    [written] = greedy_elsewhere(model, ["abcdefgh"], 12)
+    prompt, rest = 9, len(written) - 1  # the last token is not read
+    assert sorted(read) == [prompt, prompt, prompt, prompt + rest]
 
 
 def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path) -> None:
