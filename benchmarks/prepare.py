@@ -71,10 +71,12 @@ def measure(path: Path, folder: Path, tokenizer: str, workers: int) -> dict[str,
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    with process.stdout:
+        said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # as `wait`, but it tells the memory
+    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
-    if status:
+    if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
     return {
         "tokenizer": tokenizer,
