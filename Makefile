@@ -10,7 +10,7 @@ demo: .venv/.ok
 	$(BIN)/pyper quickstart
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow"
-test-slow: .venv/.test
+test-slow: .venv/.llama
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -34,6 +34,10 @@ clean:
 	touch $@
 .venv/.test: .venv/.ok
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+# llama.cpp is built from source: minutes, and a C++ compiler. Without it its tests are skipped.
+.venv/.llama: .venv/.test
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'llama-cpp-python>=0.3'
 	touch $@
 .venv/.dev: .venv/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

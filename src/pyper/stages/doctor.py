@@ -16,8 +16,12 @@ from pyper.stages.context import available_cores
 
 _EXTRAS = {
     "zstandard": ("data", ".zst files"),
-    "pyarrow": ("data", ".parquet files"),
+    "pyarrow": ("data", ".parquet, .arrow and .feather files"),
+    "datasets": ("data", "data sets of Hugging Face"),
     "fastapi": ("serve", "`pyper serve`"),
+    "transformers": ("export", "checking what `pyper export` wrote"),
+    "gguf": ("export", "`pyper export --to gguf`"),
+    "lm_eval": ("eval", "`pyper evaluate --tasks`"),
     "tensorboard": ("track", "`track.tensorboard`"),
     "wandb": ("track", "`track.wandb`"),
 }
