@@ -60,7 +60,7 @@ def read(*sources: Path, **settings: Any) -> tuple[list[Document], ReadCounts]:
 
 
 def test_the_plain_template_marks_who_speaks_and_answers_end_with_their_mark() -> None:
-    text, spans = Chats(PrepareConfig()).render(CHAT)
+    text, spans, _ = Chats(PrepareConfig()).render(CHAT)
     assert text == (
         "<|system|>\nbe brief<|end|>\n<|user|>\nhello<|end|>\n<|assistant|>\nhi there<|end|>\n"
         "<|user|>\nbye<|end|>\n<|assistant|>\nsee you<|end|>\n"
@@ -81,7 +81,7 @@ def test_the_plain_template_marks_who_speaks_and_answers_end_with_their_mark() -
 def test_a_template_of_ones_own_gives_the_same_answers(tmp_path: Path, source: str) -> None:
     (tmp_path / "t.jinja").write_text(source)
     config = PrepareConfig(chat_template=tmp_path / "t.jinja")
-    text, spans = Chats(config).render(CHAT)
+    text, spans, _ = Chats(config).render(CHAT)
     assert text.startswith("[system]be brief</s>[user]hello</s>[assistant]hi there</s>")
     assert answers_of(text, spans) == ["hi there</s>", "see you</s>"]
 
@@ -102,7 +102,7 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tmp_path: Path) -> No
 
 
 def test_an_answer_that_comes_first_is_text_but_not_learned() -> None:
-    text, spans = Chats(PrepareConfig()).render([{"role": "assistant", "content": "ha"}, *CHAT])
+    text, spans, _ = Chats(PrepareConfig()).render([{"role": "assistant", "content": "ha"}, *CHAT])
     assert text.startswith("<|assistant|>\nha")
     assert len(answers_of(text, spans)) == 2
 
@@ -320,7 +320,7 @@ def test_answers_are_tokenized_as_a_model_writes_them_after_the_prompt() -> None
     assert len(tokenizer.encode("](answer)")) < len(tokenizer.encode("]")) + len(
         tokenizer.encode("(answer)")
     )
-    [(tokens, weights)] = encode_documents(tokenizer, [(text, spans)])
+    [(tokens, weights)] = encode_documents(tokenizer, [(text, spans, ())])
     assert weights is not None
     assert tokens[weights == 1].tolist() == tokenizer.encode("(answer)")
     assert tokens.tolist() == [
@@ -336,12 +336,12 @@ def test_tokenizers_that_mark_the_start_of_a_text_are_weighed_by_offsets() -> No
     library.decoder = decoders.Metaspace()
     tokenizer = TextTokenizer(library)
     [(tokens, weights), (plain, none)] = encode_documents(
-        tokenizer, [("a b c b", ((2, 5),)), ("a b", None)]
+        tokenizer, [("a b c b", ((2, 5),), ()), ("a b", None, ())]
     )
     assert tokens.tolist() == [0, 1, 2, 1]
     assert weights is not None
     assert weights.tolist() == [0, 1, 1, 0]
-    [(_, edge)] = encode_documents(tokenizer, [("a b c b", ((1, 3),))])
+    [(_, edge)] = encode_documents(tokenizer, [("a b c b", ((1, 3),), ())])
     assert edge is not None
     assert edge.tolist() == [0, 1, 0, 0]
     assert (plain.tolist(), none) == ([0, 1], None)

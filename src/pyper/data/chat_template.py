@@ -1,17 +1,22 @@
 """From the messages of a chat to one text, for the model to learn from or to go on from."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pyper.data.special_tokens import SpecialTokens, TypedMarks, Written
+from pyper.data.tokenizer import TextTokenizer
 from pyper.errors import ConfigError, MissingExtraError, PromptError
 
 MAX_TEMPLATE_CHARS = 64 << 10
 _ANY_ANSWER = "an answer like no other"
 _MAX_MARK_CHARS = 64
 TEMPLATE_FILE = "chat_template.jinja"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 PLAIN_TEMPLATE = (
     "{%- for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n"
@@ -44,16 +49,38 @@ class ChatTemplate:
         try:
             text: str = self._template.render(
                 messages=[dict(m) for m in messages],
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 bos_token="",
                 eos_token="",
                 raise_exception=_refuse,
+                strftime_now=_strftime_now,
             )
         except PromptError:
             raise
         except Exception as error:  # a template may fail in any way that Python can
             raise PromptError(f"the chat template fails on these messages: {error}") from None
         return text
+
+    def write(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        special: SpecialTokens,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Written:
+        """As `render`, knowing which special tokens in it are the template's own."""
+        if self._template is None:
+            text = self.render(messages)
+            return Written(text, [(0, len(text))])
+        marks = TypedMarks(special)
+        hidden = [marks.hide(message) for message in messages]
+        try:
+            text = self.render(hidden, add_generation_prompt=add_generation_prompt)
+        except PromptError as error:
+            raise PromptError(marks.show(error.message).text, hint=error.hint) from None
+        return marks.show(text)
 
     @cached_property
     def end_mark(self) -> str:
@@ -69,10 +96,27 @@ class ChatTemplate:
         return text.rpartition(_ANY_ANSWER)[2].strip()[:_MAX_MARK_CHARS]
 
 
+def encode_chat(
+    tokenizer: TextTokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """The tokens that an answer to the messages follows, as `apply_chat_template` gives them.
+
+    Behind the document token, as any text, unless the template begins with a special token of its
+    own. Special tokens in messages are text. Raises PromptError when the template refuses.
+    """
+    written = template.write(messages, tokenizer.special)
+    found = tokenizer.special.find(written)
+    if not found:
+        return [tokenizer.bos_id, *tokenizer.encode(written.text)]
+    ids: list[int] = tokenizer.special.encode(written, found)[0].tolist()
+    begins_itself = not written.text[: found[0][0]].strip()
+    return ids if begins_itself else [tokenizer.bos_id, *ids]
+
+
 def read_template(file: Path) -> str:
-    """The template in a file. Raises ConfigError."""
+    """The template in a file, and `bos_token` … of a tokenizer beside it. Raises ConfigError."""
     try:
-        return file.read_text(encoding="utf-8")
+        return _with_tokens(file.read_text(encoding="utf-8"), file.parent)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read the chat template {file}: {getattr(error, 'strerror', None) or error}",
@@ -81,19 +125,44 @@ def read_template(file: Path) -> str:
 
 
 def find_template(folder: Path) -> str | None:
-    """The template beside a mixture's tokenizer, if there is one. Raises ConfigError."""
-    alone, config = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    """The template beside a mixture's tokenizer, if there is one. Raises ConfigError.
+
+    The names `bos_token`, `eos_token` … of tokenizer_config.json become part of it, so that it
+    says the same wherever it goes.
+    """
+    alone = folder / TEMPLATE_FILE
     try:
         if alone.is_file():
-            return alone.read_text(encoding="utf-8")
-        if config.is_file():
-            return _named(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+            return _with_tokens(alone.read_text(encoding="utf-8"), folder)
+        source = _named(_tokenizer_config(folder).get("chat_template"))
+        return None if source is None else _with_tokens(source, folder)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"the chat template of {folder} cannot be read: {error}",
-            hint=f"mend or delete {alone.name} or {config.name}",
+            hint=f"mend or delete {alone.name} or {_TOKENIZER_CONFIG}",
         ) from None
-    return None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / _TOKENIZER_CONFIG
+    if not file.is_file():
+        return {}
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def _with_tokens(source: str, folder: Path) -> str:
+    """A template that knows the special tokens which it calls by name."""
+    names = set(re.findall(r"\b[a-z]+_token\b", source))
+    names -= set(re.findall(r"\bset\s+([a-z]+_token)\b", source))
+    found = {name: _tokenizer_config(folder).get(name) for name in sorted(names)}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in found.items()}
+    lines = [
+        f"{{% set {name} = {json.dumps(text)} %}}\n"
+        for name, text in texts.items()
+        if isinstance(text, str)
+    ]
+    return "".join([*lines, source])
 
 
 def _named(value: Any) -> str | None:
@@ -130,6 +199,7 @@ def _compile(source: str) -> Any:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
+        environment.filters["tojson"] = _tojson
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigError(
@@ -140,3 +210,20 @@ def _compile(source: str) -> Any:
 
 def _refuse(message: str) -> None:
     raise PromptError(f"the chat template refuses these messages: {message}")
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # As transformers have it: Jinja's own is for HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

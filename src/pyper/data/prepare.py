@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pyper.config import PrepareConfig
 from pyper.data.chat_template import TEMPLATE_FILE
-from pyper.data.chats import Chats, Span
+from pyper.data.chats import Chats
 from pyper.data.counts import ReadCounts, say_count
 from pyper.data.digest_set import DigestSet
 from pyper.data.manifest import (
@@ -27,6 +27,7 @@ from pyper.data.sample import TextSample, add_sample, new_samples, trainable_par
 from pyper.data.shard_writer import BUFFER_BYTES, ShardWriter, token_dtype
 from pyper.data.shards import TokenData
 from pyper.data.sources import SPLITS, SourceFile, Split, find_files
+from pyper.data.special_tokens import Span
 from pyper.data.splitting import Digest, DomainPlan, digest_of, plan_domain
 from pyper.data.tokenizer import TextTokenizer
 from pyper.data.weighing import Encoded, encode_documents
@@ -66,7 +67,8 @@ def prepare(
     """
     files, skipped = find_files(sources)
     _refuse_nesting(sources, output)
-    loaded, chats = _load_tokenizer(config), Chats(config)
+    loaded = _load_tokenizer(config)
+    chats = Chats(config, loaded)
     settings = _settings(config, loaded, chats)
     entries = [
         SourceEntry(name=f.name, domain=f.domain, split=f.split, sha256=f.sha256()) for f in files
@@ -285,6 +287,7 @@ class _Part(NamedTuple):
     split: Split
     text: str
     answers: Sequence[Span] | None
+    typed: Sequence[Span]
 
 
 def _batches(documents: _Unique, plans: dict[str, DomainPlan]) -> Iterator[list[_Part]]:
@@ -292,7 +295,7 @@ def _batches(documents: _Unique, plans: dict[str, DomainPlan]) -> Iterator[list[
     chars = 0
     for document, digest in documents.read(ReadCounts()):
         for split, text in plans[document.domain].assign(document, digest):
-            batch.append(_Part(document.domain, split, text, document.answers))
+            batch.append(_Part(document.domain, split, text, document.answers, document.typed))
             chars += len(text)
         if chars >= _BATCH_CHARS:
             yield batch
@@ -305,7 +308,7 @@ def _encoded(
     batches: Iterator[list[_Part]], tokenizer: TextTokenizer
 ) -> Iterator[tuple[list[_Part], list[Encoded]]]:
     for batch in batches:
-        yield batch, encode_documents(tokenizer, [(part.text, part.answers) for part in batch])
+        yield batch, encode_documents(tokenizer, [part[2:] for part in batch])
 
 
 def _check_training_text(splits: dict[str, dict[Split, SplitEntry]], counts: ReadCounts) -> None:

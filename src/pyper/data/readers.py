@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pyper.config import PrepareConfig
-from pyper.data.chats import Chats, Span, read_messages
+from pyper.data.chats import Chat, Chats, read_messages
 from pyper.data.cleaning import clean, decode, without_mark
 from pyper.data.counts import ReadCounts
 from pyper.data.filters import Filter
 from pyper.data.sources import SourceFile, Split, find_files, open_binary, reading
+from pyper.data.special_tokens import Span
 from pyper.data.tables import Wanted, read_arrow, read_csv, read_parquet
 from pyper.errors import DataError, PromptError
 
@@ -27,6 +28,7 @@ class Document:
     """One text, its domain, the split its file was named after, and where it came from.
 
     answers: of a chat, the stretches of `text` to learn from; None where that is all of it.
+    typed: of a chat, what spells special tokens and is none.
     """
 
     text: str
@@ -34,6 +36,7 @@ class Document:
     split: Split | None
     source: str
     answers: tuple[Span, ...] | None = None
+    typed: tuple[Span, ...] = ()
 
 
 def read_documents(
@@ -82,7 +85,7 @@ class _Reader:
         if file.kind == "text":
             texts = _read_text(file.path, self._config, self._counts)
             found: Iterator[Document | None] = (
-                self._keep(file, {}, text, None, place) for text, place in texts
+                self._keep(file, {}, Chat(text), place) for text, place in texts
             )
         else:
             found = self._read_records(file)
@@ -102,7 +105,7 @@ class _Reader:
                 first_bad = first_bad or f"{place[1:]}{f': {read}' if read else ''}"
                 continue
             good += 1
-            yield self._keep(file, record or {}, *read, place)
+            yield self._keep(file, record or {}, read, place)
         if first_bad and not good:
             raise DataError(
                 f"no line of {file.path} is a JSON object with a text; the first bad line is "
@@ -134,8 +137,8 @@ class _Reader:
 
     def _text_or_chat(
         self, record: Mapping[str, Any], where: str, *, strict: bool
-    ) -> tuple[str, tuple[Span, ...] | None] | PromptError | None:
-        """Text and, of a chat, answers. None where there is neither, or why a template refuses.
+    ) -> Chat | PromptError | None:
+        """A text or a chat, None where there is neither, or why a template refuses.
 
         With `strict`, a record without the key is refused.
         """
@@ -151,9 +154,9 @@ class _Reader:
         value = look_up(record, key)
         if value is not None and not isinstance(value, str):
             return None
-        return clean(value or "", self._counts), None
+        return Chat(clean(value or "", self._counts))
 
-    def _render(self, value: list[Any]) -> tuple[str, tuple[Span, ...]] | PromptError | None:
+    def _render(self, value: list[Any]) -> Chat | PromptError | None:
         messages = read_messages(value)
         if messages is None:
             return None
@@ -167,12 +170,11 @@ class _Reader:
         self,
         file: SourceFile,
         record: Mapping[str, Any],
-        text: str,
-        answers: tuple[Span, ...] | None,
+        read: Chat,
         place: str,
     ) -> Document | None:
         """The document, or None, counted, where it is left out."""
-        counts = self._counts
+        counts, (text, answers, typed) = self._counts, read
         if not text or text.isspace():
             counts.empty += 1
             return None
@@ -188,7 +190,7 @@ class _Reader:
             counts.chats_without_answers += 1
             return None
         domain = self._domain(record, file)
-        return Document(text, domain, file.split, f"{file.name}{place}", answers)
+        return Document(text, domain, file.split, f"{file.name}{place}", answers, typed)
 
     def _domain(self, record: Mapping[str, Any], file: SourceFile) -> str:
         """The file's domain, or what a column says, as the name of a file."""

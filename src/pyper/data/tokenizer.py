@@ -7,7 +7,6 @@ who writes `<|bos|>` in a document must not be able to start a new one.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pyper.data.special_tokens import SpecialTokens
+from pyper.data.text_pieces import split_text
 from pyper.errors import StorageError, TokenizerError
 
 BOS = "<|bos|>"
@@ -34,8 +35,6 @@ _PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-_PIECE_CHARS = 16_384
-"""Longer texts are encoded in pieces: both cores work, and one endless line stays linear."""
 _PIECES_AT_ONCE = 1024
 """The library's results take some fifty bytes per byte of text until they are arrays."""
 
@@ -65,6 +64,11 @@ class TextTokenizer:
         """SHA-256 of the canonical `tokenizer.json`: equal when the tokenizers are equal."""
         canonical = json.dumps(self._settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        """For what a chat template writes; any other text has none."""
+        return SpecialTokens(self._settings, self.bos_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without `bos`."""
@@ -216,30 +220,6 @@ class TextTokenizer:
 
     def _pieces(self, text: str) -> list[str]:
         return split_text(text) if self.cuts_anywhere else [text]
-
-
-def split_text(text: str, chars: int = _PIECE_CHARS) -> list[str]:
-    """Cut a long text into pieces of at most `chars`, where no token crosses if possible.
-
-    Between a line end and a visible character the pre-tokenizer cuts anyway, so pieces give the
-    tokens of the whole; a text with no such place is cut at a space, or anywhere.
-    """
-    pieces, start = [], 0
-    while len(text) - start > chars:
-        stop = _cut(text, start, start + chars)
-        pieces.append(text[start:stop])
-        start = stop
-    pieces.append(text[start:])
-    return pieces
-
-
-def _cut(text: str, start: int, stop: int) -> int:
-    # Only the last eighth is searched: pieces stay long, and the search linear.
-    for pattern in (r"(?s:.*)\n(?=\S)", r"(?s:.*)\S(?= )"):
-        found = re.compile(pattern).match(text, stop - (stop - start) // 8, stop)
-        if found:
-            return found.end()
-    return stop
 
 
 def _byte_level(model: models.Model) -> Tokenizer:

@@ -1,8 +1,9 @@
 """From what a request holds to the tokens that the engine reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyper.data import TextTokenizer
+from pyper.data.chat_template import ChatTemplate, encode_chat
 from pyper.serve.api_error import ApiError, bad_request
 
 
@@ -14,6 +15,22 @@ def encode_text(
     keep: at most that many tokens, from the end. Raises ApiError 400 when the context is too small.
     """
     return _fit([tokenizer.bos_id, *tokenizer.encode(text)], context, keep, param)
+
+
+def encode_messages(
+    tokenizer: TextTokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, str]],
+    context: int,
+    *,
+    keep: int | None,
+) -> tuple[int, ...]:
+    """What the answer to a chat follows; see `encode_chat`.
+
+    keep: at most that many tokens, from the end. Raises PromptError when the template refuses the
+    messages, ApiError 400 when the context is too small.
+    """
+    return _fit(encode_chat(tokenizer, template, messages), context, keep, "messages")
 
 
 def check_tokens(

@@ -25,7 +25,7 @@ from pyper.serve.embeddings import embed, embedding_object
 from pyper.serve.engine_thread import EngineThread
 from pyper.serve.generation import Generation
 from pyper.serve.model_names import ModelNames
-from pyper.serve.prompts import check_tokens, encode_text
+from pyper.serve.prompts import check_tokens, encode_messages, encode_text
 
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's; a chat goes on until the document or the context ends."""
@@ -78,10 +78,16 @@ class Service:
         limit = body.max_completion_tokens or body.max_tokens or self.context
         self._check_size(limit, body.n or 1)
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
-        text = self.template.render(messages)
         if mark := self.template.end_mark:
             body = body.model_copy(update={"stop": [*body.stop, mark]})
-        prompt = await self._tokens(text, "messages", body.truncate_prompt_tokens)
+        prompt = await asyncio.to_thread(
+            encode_messages,
+            self.tokenizer,
+            self.template,
+            messages,
+            self.context,
+            keep=body.truncate_prompt_tokens,
+        )
         answer = ChatAnswer(
             body.model, self.names.experts, self._token_names(), bool(body.logprobs)
         )

@@ -16,7 +16,7 @@ from rich.text import Text
 from pyper.data.chat_template import ChatTemplate
 from pyper.errors import PyperError
 from pyper.generate import BatchEngine, EngineLimits, Event, Request, SamplingConfig
-from pyper.serve.prompts import encode_text
+from pyper.serve.prompts import encode_messages
 from pyper.stages.write import OpenModel, find_expert, legend, style_of, visible
 
 HELP = """\
@@ -69,11 +69,13 @@ class Conversation:
 
     def _request(self) -> Request:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self._template.render([*system, *self._messages])
         context = self.model.mixture.settings.seq_len
         # A long conversation keeps its end, and the answer always has room.
         keep = context - min(self._sampling.max_new_tokens, context // 2)
-        prompt = encode_text(self.model.tokenizer, text, context, keep=max(1, keep), param="")
+        messages = [*system, *self._messages]
+        prompt = encode_messages(
+            self.model.tokenizer, self._template, messages, context, keep=max(1, keep)
+        )
         mark = self._template.end_mark
         stop = (*self._sampling.stop, mark) if mark else self._sampling.stop
         seed = (self._sampling.seed + self._n_answers) % 2**63
