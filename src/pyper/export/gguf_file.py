@@ -56,8 +56,8 @@ def write_gguf(
     # Every document begins with this token, which also ends the one before it.
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.bos_id)
-    if stop_ids:
-        writer.add_eot_token_id(stop_ids[0])
+    if turn_ends := [index for index in stop_ids if index != tokenizer.bos_id]:
+        writer.add_eot_token_id(turn_ends[0])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     if chat_template is not None:

@@ -131,7 +131,7 @@ def _write_stop_ids(file: Path, settings: MixtureSettings) -> None:
     """A model that came from elsewhere may end its texts with more than the document token."""
     if settings.stop_ids:
         values = json.loads(file.read_text(encoding="utf-8"))
-        values["eos_token_id"] = [settings.bos_id, *settings.stop_ids]
+        values["eos_token_id"] = list(dict.fromkeys((settings.bos_id, *settings.stop_ids)))
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -37,6 +37,7 @@ from pyper.mixture.expert_folder import model_tensors
 from pyper.nn import Transformer
 from pyper.stages.assign import assign
 from pyper.stages.context import Context, open_context
+from pyper.stages.start import brought_along
 from pyper.stages.train import load_trained
 
 Router = Literal["ridge", "means", "random"]
@@ -157,16 +158,17 @@ def _windows(documents: Documents, context: Context) -> Tensor:
 
 def save_model(output: Path, model: Transformer, context: Context) -> None:
     """A model of a run, as a mixture of one."""
+    brought = brought_along(context.run)
     settings = MixtureSettings(
         experts=("merged",),
         tokenizer_fingerprint=context.data.manifest.tokenizer_fingerprint,
         bos_id=model.config.bos_id,
+        stop_ids=brought.stop_ids,
         seq_len=model.config.seq_len,
         router="experts",
         top_k=1,
     )
-    template = find_template(context.data.path)
-    save_single(output, model, settings, context.tokenizer(), chat_template=template)
+    save_single(output, model, settings, context.tokenizer(), brought.chat_template)
 
 
 def save_single(

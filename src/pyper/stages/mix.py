@@ -1,11 +1,11 @@
 """Join the trained experts: fit the router and the temperature, write `mixture/`."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from pyper.checkpoint import Json
-from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError
 from pyper.evaluate import fit_temperature, held_out_windows, score_held_out
 from pyper.mixture import (
@@ -22,6 +22,7 @@ from pyper.stages.assign import ExpertData
 from pyper.stages.context import Context
 from pyper.stages.folder import is_complete
 from pyper.stages.router_lm import train_router_models
+from pyper.stages.start import Brought, brought_along
 from pyper.stages.train import finished_result, load_trained
 
 # Validation tokens per domain on which τ is fitted.
@@ -34,12 +35,13 @@ def mix(context: Context, assigned: ExpertData) -> Path:
     Raises CheckpointError that names an expert which is not trained yet.
     """
     folders = _trained_folders(context, assigned)
-    metadata = _metadata(context, assigned, folders)
+    brought = brought_along(context.run)
+    metadata = _metadata(context, assigned, folders, brought)
     target = context.folder.mixture
     if is_complete(target, metadata):
         return target
     router, router_models = _fit_router(context, assigned)
-    settings = _settings(context, assigned)
+    settings = _settings(context, assigned, brought)
     if context.run.mixture.temperature == "auto":
         tau = _fitted_temperature(context, settings, folders, router)
         settings = settings.model_copy(update={"temperature": tau})
@@ -51,7 +53,7 @@ def mix(context: Context, assigned: ExpertData) -> Path:
         counts=assigned.counts if settings.router == "unigram" else None,
         router_models=router_models,
         metadata=metadata,
-        chat_template=find_template(context.data.path),
+        chat_template=brought.chat_template,
     )
     return target
 
@@ -67,22 +69,29 @@ def _trained_folders(context: Context, assigned: ExpertData) -> list[Path]:
     return folders
 
 
-def _metadata(context: Context, assigned: ExpertData, folders: Sequence[Path]) -> dict[str, Json]:
+def _metadata(
+    context: Context, assigned: ExpertData, folders: Sequence[Path], brought: Brought
+) -> dict[str, Json]:
     mixture = context.run.mixture
-    return {
+    metadata: dict[str, Json] = {
         "mixture": mixture.model_dump(mode="json"),
         "names": assigned.names,
         "checkpoints": [str((f / "best").resolve().name) for f in folders],
     }
+    if context.run.train.start_from is not None:
+        template = hashlib.sha256((brought.chat_template or "").encode()).hexdigest()
+        metadata |= {"stop_ids": list(brought.stop_ids), "chat_template": template}
+    return metadata
 
 
-def _settings(context: Context, assigned: ExpertData) -> MixtureSettings:
+def _settings(context: Context, assigned: ExpertData, brought: Brought) -> MixtureSettings:
     mixture = context.run.mixture
     temperature = 0.1 if mixture.temperature == "auto" else mixture.temperature
     return MixtureSettings(
         experts=tuple(assigned.names),
         tokenizer_fingerprint=context.data.manifest.tokenizer_fingerprint,
         bos_id=context.model.bos_id,
+        stop_ids=brought.stop_ids,
         seq_len=context.model.seq_len,
         mixing=mixture.mixing,
         router=mixture.router,

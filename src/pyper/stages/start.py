@@ -1,4 +1,4 @@
-"""A saved model to train on from."""
+"""A saved model to train on from, and what it brings along."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pyper.checkpoint import load_checkpoint, load_model_tensors, verify_manifest
-from pyper.config import ExpertConfig
+from pyper.config import ExpertConfig, RunConfig, parse_run, read_toml
+from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
 from pyper.mixture.expert_folder import read_expert_config
 from pyper.mixture.store import expert_folders, find_mixture, read_settings
@@ -47,6 +48,39 @@ def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
     own = read_settings(mixture).tokenizer_fingerprint
     _check_tokenizer(path, own, tokenizer_fingerprint, mixture / "tokenizer.json")
     return Start(read_expert_config(mixture / name / "config.json"), partial(_load, mixture, name))
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a model that came from elsewhere knows about chats."""
+
+    chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+def brought_along(run: RunConfig) -> Brought:
+    """Of the model that a run starts from, and nothing without one; data may have a template too,
+    which comes first. Raises ConfigError, CheckpointError."""
+    start, own = run.train.start_from, find_template(run.data.path)
+    brought = _brought_by(start) if start is not None and start.exists() else Brought()
+    return Brought(own or brought.chat_template, brought.stop_ids)
+
+
+def _brought_by(path: Path) -> Brought:
+    """A checkpoint inside a run has what its run has, or what that one started from."""
+    if not (path / "state.json").is_file():
+        mixture, _ = _find_expert(path)
+        return _brought_by_mixture(mixture)
+    for folder in path.resolve().parents:
+        if (folder / "mixture" / "config.json").is_file():
+            return _brought_by_mixture(folder / "mixture")
+        if (folder / "run.toml").is_file():
+            return brought_along(parse_run(read_toml(folder / "run.toml")))
+    return Brought()
+
+
+def _brought_by_mixture(mixture: Path) -> Brought:
+    return Brought(find_template(mixture), read_settings(mixture).stop_ids)
 
 
 def _tokenizer_of_run(checkpoint: Path) -> tuple[str | None, Path | None]:
