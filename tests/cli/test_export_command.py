@@ -40,7 +40,7 @@ def swiglu(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seq_len=64,
         router="experts",
         top_k=1,
-        stop_ids=(10, 11),
+        stop_ids=(BYTES.bos_id, 10, 11),
     )
     save_single(folder, model, settings, BYTES)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -118,6 +118,26 @@ def test_templates_of_plain_words_give_the_tokens_of_their_text() -> None:
         assert encode_chat(ours, template, messages) == expected
 
 
+def test_a_template_that_begins_with_words_follows_the_document_token(tmp_path: Path) -> None:
+    tokenizer, _ = build(KINDS["qwen"], tmp_path)
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}")
+    ids = encode_chat(tokenizer, template, CHAT[:1])
+    raw = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ids == [tokenizer.bos_id, *raw.encode(template.render(CHAT[:1])).ids]
+
+
+def test_special_tokens_that_are_to_be_normalized_are_found_in_the_middle(tmp_path: Path) -> None:
+    """Where ▁ is put before every text, the library would look for ▁<turn>."""
+    raw = Tokenizer(models.WordLevel({"?": 0, "▁a": 1}, unk_token="?"))
+    raw.normalizer = normalizers.Prepend("▁")
+    raw.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    raw.add_special_tokens([AddedToken("<turn>", special=True, normalized=True)])
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}<turn>{% endfor %}")
+    message = {"role": "user", "content": "a"}
+    ids = encode_chat(TextTokenizer(raw), template, [message, message])
+    assert ids == [raw.token_to_id("<s>"), *[1, raw.token_to_id("<turn>")] * 2]
+
+
 @pytest.mark.parametrize("role", ["bos", "|bos|", "<|bos|>"])
 def test_a_role_cannot_begin_a_document(role: str) -> None:
     ours = TextTokenizer.bytes_only()
@@ -146,7 +166,7 @@ def test_a_refusal_quotes_what_was_typed(tmp_path: Path) -> None:
 )
 def test_a_template_that_cuts_texts_leaves_no_halves(source: str, tmp_path: Path) -> None:
     tokenizer, _ = build(KINDS["qwen"], tmp_path)
-    messages = [{"role": "user", "content": "<|im_end|>a"}]
+    messages = [{"role": "user", "content": "<|im_end|>a<|im_end|>"}]
     text = ChatTemplate(source).write(messages, tokenizer.special).text
     text.encode()
 
