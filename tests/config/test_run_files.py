@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from pyper.config import (
     ExpertConfig,
@@ -57,6 +58,26 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         parse_run(sections)
     assert caught.value.message == f"unknown key `{key}`"
     assert caught.value.hint == f"did you mean `{nearest}`?"
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message", "hint"),
+    [
+        (TrainConfig, {"steps": 1, "learning_rat": 1}, "unknown key `learning_rat`",
+         "did you mean `learning_rate`?"),
+        (ExpertConfig, {"d_modle": 8}, "unknown key `d_modle`", "did you mean `d_model`?"),
+        (RunConfig, {"train": {"stops": 1}}, "unknown key `train.stops`", "did you mean `steps`?"),
+        (TrainConfig, {"steps": 1, "learning_rate": -1.0},
+         "`learning_rate`: input should be greater than 0, not -1.0",
+         "mend `learning_rate` in `TrainConfig(…)`"),
+    ],
+)  # fmt: skip
+def test_a_section_made_in_python_says_the_same(
+    make: type[BaseModel], values: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**values)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
 def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from nn.small_experts import small_config, small_expert, text_of
 from pyper.config import ExpertConfig, RopeScaling, SparseConfig
@@ -166,5 +165,5 @@ def test_keys_of_a_scaling_belong_to_its_kind(values: dict[str, Any], named: str
 
 @pytest.mark.parametrize("factor", [0.5, math.nan, math.inf])
 def test_a_factor_stretches(factor: float) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError, match="`factor`"):
         RopeScaling(kind="linear", factor=factor)

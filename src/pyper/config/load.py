@@ -1,13 +1,13 @@
 """Read a run file: TOML, `--set` overrides, and messages that name the key and a way out."""
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from pyper.config.explain import explain, nearest
 from pyper.config.presets import list_presets, preset_path
 from pyper.config.run import RunConfig
 from pyper.config.train import TrainConfig
@@ -123,46 +123,4 @@ def validate(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _explain(model, error) from None
-
-
-def _explain(model: type[BaseModel], error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    where = [str(part) for part in first["loc"] if not _is_branch_of_union(part)]
-    name = ".".join(where)
-    if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f"unknown key `{name}`", hint=nearest(where[-1], _keys_at(model, where[:-1]))
-        )
-    given = first["input"]
-    shown = "" if isinstance(given, dict) else f", not {given!r}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return ConfigError(f"`{name}`: {message}{shown}", hint=f"mend `{name}` in the run file")
-
-
-def _is_branch_of_union(part: str | int) -> bool:
-    """Pydantic puts the tried type into the location: `constrained-int`, `literal['auto']`."""
-    return (isinstance(part, str) and any(mark in part for mark in "-[(")) or part in (
-        "float",
-        "int",
-    )
-
-
-def _keys_at(model: type[BaseModel], where: Sequence[str]) -> list[str]:
-    for key in where:
-        field = model.model_fields.get(key)
-        if field is None:
-            break
-        options = [field.annotation, *get_args(field.annotation)]
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not inner:
-            break
-        model = inner[0]
-    return list(model.model_fields)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """«did you mean …?», or an empty string when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known[:40])}"
+        raise explain(model, error, "in the run file") from None

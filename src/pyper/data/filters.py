@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pyper.config.load import nearest
+from pyper.config.explain import nearest
 from pyper.data.text_measures import MEASURES
 from pyper.errors import DataError
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyper.config import ExpertConfig
-from pyper.config.load import nearest, validate
+from pyper.config.explain import nearest
+from pyper.config.load import validate
 from pyper.errors import ConfigError
 from pyper.export.families import FAMILIES, Family
 from pyper.export.import_rope import read_rope

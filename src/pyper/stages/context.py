@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from pyper.config import ExpertConfig, RunConfig, TrainConfig
-from pyper.config.load import nearest
+from pyper.config.explain import nearest
 from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
 from pyper.stages.folder import RunFolder, open_run

@@ -7,7 +7,7 @@ import torch
 
 from pyper.checkpoint import MANIFEST
 from pyper.checkpoint import read_manifest as read_folder_manifest
-from pyper.config.load import nearest
+from pyper.config.explain import nearest
 from pyper.data import TextTokenizer
 from pyper.data.chat_template import find_template
 from pyper.errors import ConfigError, PyperError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyper.checkpoint import format_bytes
 from pyper.config import ExpertConfig
-from pyper.config.load import nearest
+from pyper.config.explain import nearest
 from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, MissingExtraError
 from pyper.export.import_config import ForeignConfig, read_config

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pyper.config import SparseConfig, load_run
-from pyper.config.load import nearest, validate
+from pyper.config.explain import nearest
+from pyper.config.load import validate
 from pyper.errors import ConfigError
 from pyper.stages.change import refuse_overwriting
 from pyper.stages.context import pick_device
