@@ -35,7 +35,7 @@ ELSEWHERE = {
     "quickstart": "tests/slow/test_quickstart.py",
     "serve": "tests/serve/test_manual.py",
     "chat": "tests/cli/test_chat_command.py",
-    "evaluate sparse --leak-probe": "tests/cli/test_commands.py",
+    "evaluate sparse --leak-probe": "tests/slow/test_leak_probe.py",
     "export": "tests/cli/test_export_command.py",
     "import": "tests/cli/test_import_command.py",
 }
@@ -129,8 +129,18 @@ def test_every_command_of_a_shell_block_is_run_by_a_test() -> None:
     run_above = commands_in(section("Your own text")) + commands_in(section("From Python"))
     for command in commands_in(README):
         assert command in run_above or command[0] in ELSEWHERE, command
-    for file in ELSEWHERE.values():
-        assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize(("command", "file"), ELSEWHERE.items())
+def test_what_is_run_elsewhere_is_named_there(command: str, file: str) -> None:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert [word for word in command.split() if f'"{word}"' not in source] == []
+
+
+def test_no_command_has_two_rows() -> None:
+    rows = re.findall(r"^\| `(pyper \w+)", README, re.MULTILINE)
+    assert len(rows) > 12
+    assert len(set(rows)) == len(rows)
 
 
 @pytest.mark.usefixtures("data_sets_at_home")
