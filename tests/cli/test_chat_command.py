@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pyper.data.chat_template import ChatTemplate
+from pyper.errors import PromptError
 from pyper.generate import SamplingConfig, complete
 from pyper.stages.chat import Conversation, read_message
 from pyper.stages.write import open_model, visible
@@ -83,6 +84,21 @@ def test_the_model_goes_on_from_all_that_was_said(tmp_path: Path) -> None:
         assert answer == expected.text
     talk.clear()
     assert "".join(event.text for event in talk.answer("the fox")) not in (first, second)
+
+
+def test_a_message_that_is_refused_is_forgotten(tmp_path: Path) -> None:
+    model = open_model(
+        save_small_mixture(tmp_path), expert=None, mixing=None, resident=None, device="cpu"
+    )
+    source = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    talk = Conversation(model, ChatTemplate(source), SamplingConfig(max_new_tokens=2))
+    for text in ("bad", "half \ud83d"):
+        with pytest.raises(PromptError):
+            list(talk.answer(text))
+        assert list(talk.answer("good"))
 
 
 def test_a_conversation_may_grow_beyond_the_context(chat: Chat) -> None:

@@ -10,6 +10,7 @@ from pyper.data.chat_template import (
     PLAIN_TEMPLATE,
     ChatTemplate,
     find_template,
+    read_template,
 )
 from pyper.errors import ConfigError, PromptError
 from serve.small_server import KEY, Server
@@ -92,6 +93,14 @@ class TestFinding:
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ConfigError, match="cannot be read"):
             find_template(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+def test_a_broken_file_beside_a_named_template_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConfigError, match="cannot read the chat template"):
+        read_template(tmp_path / "t.jinja")
 
 
 def test_the_server_writes_after_what_the_template_makes(hasty_server: Server) -> None:

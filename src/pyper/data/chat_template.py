@@ -104,11 +104,12 @@ def encode_chat(
     Behind the document token, as any text, unless the template begins with a special token of its
     own. Special tokens in messages are text. Raises PromptError when the template refuses.
     """
-    written = template.write(messages, tokenizer.special)
-    found = tokenizer.special.find(written)
+    special = tokenizer.special
+    written = template.write(messages, special)
+    found = special.find(written)
     if not found:
         return [tokenizer.bos_id, *tokenizer.encode(written.text)]
-    ids: list[int] = tokenizer.special.encode(written, found)[0].tolist()
+    ids: list[int] = special.encode(written, found)[0].tolist()
     begins_itself = not written.text[: found[0][0]].strip()
     return ids if begins_itself else [tokenizer.bos_id, *ids]
 
@@ -117,10 +118,10 @@ def read_template(file: Path) -> str:
     """The template in a file, and `bos_token` … of a tokenizer beside it. Raises ConfigError."""
     try:
         return _with_tokens(file.read_text(encoding="utf-8"), file.parent)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"cannot read the chat template {file}: {getattr(error, 'strerror', None) or error}",
-            hint="it must be a UTF-8 text file",
+            hint=f"it must be a UTF-8 text file, and {_TOKENIZER_CONFIG} beside it JSON",
         ) from None
 
 

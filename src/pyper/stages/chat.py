@@ -51,7 +51,11 @@ class Conversation:
         """Say something; the answer as it is written. Closing the iterator stops it."""
         self._messages.append({"role": "user", "content": text})
         self.last = []
-        request_id = self._engine.submit(self._request())
+        try:
+            request_id = self._engine.submit(self._request())
+        except PyperError:  # or every later message would be refused with this one
+            self._messages.pop()
+            raise
         try:
             while not self._engine.idle:
                 for event in self._engine.step():
