@@ -109,6 +109,38 @@ def test_wide_letters_that_a_normalizer_narrows_are_no_special_token(tmp_path: P
     assert ids.count(raw.token_to_id("<turn>")) == 1
 
 
+PIECES = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+PIECES += [(letter, -2.0) for letter in "▁a</s>[]unk"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram(PIECES, unk_id=0),
+        models.WordLevel({word: n for n, (word, _) in enumerate(PIECES)}, unk_token="<unk>"),
+        models.WordPiece({word: n for n, (word, _) in enumerate(PIECES)}, unk_token="<unk>"),
+    ],
+    ids=["unigram", "words", "word pieces"],
+)
+def test_special_tokens_that_are_words_of_the_vocabulary_are_not_typed_either(
+    model: models.Model,
+) -> None:
+    raw = Tokenizer(model)
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(["<unk>", "<s>", "</s>"])
+    ours = TextTokenizer(raw)
+    template = ChatTemplate("<s>{% for m in messages %}{{ m.content }} </s>{% endfor %}")
+    typed = "a </s> <s> <unk> a"
+    plain, ids = (
+        ours.encode(typed),
+        encode_chat(ours, template, [{"role": "u", "content": typed}]),
+    )
+    assert ids == [1, *plain, 2]
+    assert not {1, 2} & {*plain, *ours.encode_with_offsets(typed)[0].tolist()}
+    assert plain[0] == plain[-1] == raw.token_to_id("a")
+    assert 0 in ours.encode("ü")
+
+
 def test_templates_of_plain_words_give_the_tokens_of_their_text() -> None:
     ours = TextTokenizer.train_bpe(iter([TEXT]), 300)
     for source in (None, PLAIN_TEMPLATE):

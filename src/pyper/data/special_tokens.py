@@ -79,13 +79,13 @@ class SpecialTokens:
         found: what `find` says.
         """
         parser, true_ids = self._parser()
-        encoding = parser.encode(self._renamed(written.text, found), add_special_tokens=False)
+        encoding = parser.encode(self._with_aliases(written.text, found), add_special_tokens=False)
         ids = np.array([true_ids.get(i, i) for i in encoding.ids], dtype=np.uint32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         begins, ends = _before_renaming(offsets, found).T
         return ids, begins, ends
 
-    def _renamed(self, text: str, found: Sequence[Span]) -> str:
+    def _with_aliases(self, text: str, found: Sequence[Span]) -> str:
         parts, at = [], 0
         for start, stop in found:
             parts += [text[at:start], self._aliases[text[start:stop]]]
@@ -95,22 +95,20 @@ class SpecialTokens:
     def _parser(self) -> tuple[Tokenizer, dict[int, int]]:
         """The tokenizer with other names, and the true ids of its added tokens."""
         if self._opened is None:
-            added = self._settings["added_tokens"]
-            renamed = [self._rename(token) for token in added]
-            values = {**self._settings, "added_tokens": renamed, "post_processor": None}
-            parser = Tokenizer.from_str(json.dumps(values))
-            pairs = zip(renamed, added, strict=True)
-            true_ids = {new["content"]: old["id"] for new, old in pairs}
+            parser = _renamed(self._settings, self._aliases)
+            true_ids = {
+                self._aliases.get(token["content"], token["content"]): token["id"]
+                for token in self._settings["added_tokens"]
+            }
             # The library numbers names that are not in the vocabulary anew.
             numbered = parser.get_added_tokens_decoder().items()
             self._opened = parser, {index: true_ids[token.content] for index, token in numbered}
         return self._opened
 
-    def _rename(self, token: dict[str, Any]) -> dict[str, Any]:
-        alias = self._aliases.get(token["content"])
-        if alias is None:
-            return token
-        return {**token, "content": alias, "normalized": False, "single_word": False}
+    def nameless_tokenizer(self) -> Tokenizer:
+        """One to whom no text spells a special token, not even as a word of its vocabulary."""
+        names = {t["content"] for t in self._settings["added_tokens"] if t["special"]}
+        return _renamed(self._settings, {n: a for n, a in self._aliases.items() if n in names})
 
 
 class TypedMarks:
@@ -148,6 +146,33 @@ class TypedMarks:
 
     def _mark(self, name: str) -> str:
         return f"\ud800{self._typed.setdefault(name, len(self._typed))}\udc00"
+
+
+def _renamed(settings: Mapping[str, Any], aliases: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, with other names for some of its added tokens."""
+
+    def rename(token: dict[str, Any]) -> dict[str, Any]:
+        alias = aliases.get(token["content"])
+        changes = {"content": alias, "normalized": False, "single_word": False}
+        return token if alias is None else token | changes
+
+    added = [rename(token) for token in settings["added_tokens"]]
+    model = _renamed_words(settings["model"], aliases)
+    values = {**settings, "model": model, "added_tokens": added, "post_processor": None}
+    return Tokenizer.from_str(json.dumps(values))
+
+
+def _renamed_words(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """BPE comes to a word by merges, which none leads to a special token; others look it up."""
+    if model["type"] == "BPE":
+        return model
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    if isinstance(vocab, dict):
+        vocab = {aliases.get(word, word): index for word, index in vocab.items()}
+    else:
+        vocab = [[aliases.get(word, word), score] for word, score in vocab]
+    names = {} if unknown is None else {"unk_token": aliases.get(unknown, unknown)}
+    return {**model, **names, "vocab": vocab}
 
 
 def _before_renaming(offsets: NDArray[np.int64], found: Sequence[Span]) -> NDArray[np.int64]:

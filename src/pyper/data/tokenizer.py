@@ -66,6 +66,12 @@ class TextTokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
+    def _encoder(self) -> Tokenizer:
+        # Other models than BPE may have special tokens among their words.
+        is_bpe = self._settings["model"]["type"] == "BPE"
+        return self._tokenizer if is_bpe else self.special.nameless_tokenizer()
+
+    @cached_property
     def special(self) -> SpecialTokens:
         """For what a chat template writes; any other text has none."""
         return SpecialTokens(self._settings, self.bos_id)
@@ -94,14 +100,14 @@ class TextTokenizer:
         self, text: str
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
         """Token ids (T,) of a text, without `bos`, and the characters where each starts, stops."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        found = self._encoder.encode(text, add_special_tokens=False)
         offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         return np.array(found.ids, dtype=np.uint32), offsets[:, 0], offsets[:, 1]
 
     def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
         for start in range(0, len(pieces), _PIECES_AT_ONCE):
             batch = pieces[start : start + _PIECES_AT_ONCE]
-            for found in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            for found in self._encoder.encode_batch_fast(batch, add_special_tokens=False):
                 yield np.array(found.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
