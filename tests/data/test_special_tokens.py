@@ -194,7 +194,12 @@ def test_a_refusal_quotes_what_was_typed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ messages[0].content[:2] }}", "{{ messages[0].content[1:] }}"]
+    "source",
+    [
+        "{{ messages[0].content[:2] }}",
+        "{{ messages[0].content[1:] }}",
+        "{{ messages[0].content | replace('0', '77') }}",
+    ],
 )
 def test_a_template_that_cuts_texts_leaves_no_halves(source: str, tmp_path: Path) -> None:
     tokenizer, _ = build(KINDS["qwen"], tmp_path)

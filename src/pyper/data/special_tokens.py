@@ -135,9 +135,11 @@ class TypedMarks:
 
     def show(self, text: str) -> Written:
         """What the template made of them, with what was typed in its place again."""
-        names, parts, typed, length, at = [*self._typed], [], [], 0, 0
+        names = {str(index): name for name, index in self._typed.items()}
+        parts, typed, length, at = [], [], 0, 0
         for match in _MARK.finditer(text):
-            before, name = _HALVES.sub("", text[at : match.start()]), names[int(match[1])]
+            before = _HALVES.sub("", text[at : match.start()])
+            name = names.get(match[1], "")  # a template may do anything to a text
             length += len(before) + len(name)
             typed.append((length - len(name), length))
             parts += [before, name]
