@@ -1,8 +1,8 @@
 """Text to token numbers and back, around the `tokenizers` library.
 
 Every document starts with one special token, `bos`, which also ends the document before it. Other
-special tokens are only those that a chat template writes (`special_tokens.py`). In a user's text they
-are text: somebody who writes `<|bos|>` in a document must not be able to start a new one.
+special tokens are only those that a chat template writes (`special_tokens.py`). In a user's text
+they are text: somebody who writes `<|bos|>` in a document must not be able to start a new one.
 """
 
 import hashlib
