@@ -196,7 +196,7 @@ def test_the_command_prints_a_table_or_one_json_object(
     assert code == 0
     assert noise == ""
     for word in ("pyper_sums", "acc_norm", "bits_per_byte", "posterior mixing", "0.4."):
-        assert word in shown
+        assert word in " ".join(shown.split())  # a long path wraps the title
 
     code, text, _ = pyper(
         "evaluate", model, "--tasks", tasks, "--limit", 2, "--json",
