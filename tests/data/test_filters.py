@@ -164,7 +164,9 @@ def test_a_typing_error_gets_a_suggestion_before_much_is_read(tmp_path: Path) ->
     path = write(tmp_path / "a.jsonl", [{"text": f"{n}", "language": "en"} for n in range(500)])
     counts = ReadCounts()
     config = PrepareConfig(filter=("langauge == 'en'",))
-    with pytest.raises(DataError, match="`langauge`, which no record has") as caught:
+    with pytest.raises(
+        DataError, match="`langauge`, which none of the first 100 records has"
+    ) as caught:
         list(read_documents([path], config, counts))
     assert "language" in caught.value.hint
     assert counts.filtered["langauge == 'en'"] < 150
@@ -175,3 +177,17 @@ def test_a_field_that_only_some_records_have_is_no_typing_error(tmp_path: Path) 
     path = write(tmp_path / "a.jsonl", [*records, {"text": "good", "rating": 5}])
     found = list(read_documents([path], PrepareConfig(filter=("rating > 3",)), ReadCounts()))
     assert [d.text for d in found] == ["good"]
+
+
+def test_a_field_that_only_a_later_source_has_can_be_named(tmp_path: Path) -> None:
+    without = write(tmp_path / "a.jsonl", [{"text": f"{n}"} for n in range(150)])
+    with_it = write(tmp_path / "b.jsonl", [{"text": f"b{n}", "lang": "de"} for n in range(3)])
+    with pytest.raises(DataError, match="none of the first 100 records") as caught:
+        list(
+            read_documents(
+                [without, with_it], PrepareConfig(filter=("lang != 'de'",)), ReadCounts()
+            )
+        )
+    assert "`fields['lang']`" in caught.value.hint
+    config = PrepareConfig(filter=("fields['lang'] != 'de'",))
+    assert len(list(read_documents([without, with_it], config, ReadCounts()))) == 150

@@ -162,6 +162,22 @@ def test_a_missing_key_is_answered_with_the_keys_there(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_list_of_records_in_json_is_read_by_the_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, 3, {"text": "two"}], indent=1))
+    with gzip.open(tmp_path / "b.json.gz", "wt") as stream:
+        json.dump([{"text": "three"}], stream)
+    counts = ReadCounts()
+    found = [(d.text, d.source) for d in read_documents([tmp_path], PrepareConfig(), counts)]
+    assert found == [("one", "a.json:0"), ("two", "a.json:2"), ("three", "b.json.gz:0")]
+    assert counts.malformed_lines == 1
+
+
+@pytest.mark.parametrize("content", ['{"text": "one"}', '[{"id": 1}]', "[1, 2]", "[]", "[{"])
+def test_any_other_json_is_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert [d.text for d in read_documents([tmp_path], PrepareConfig(), ReadCounts())] == [content]
+
+
 def test_blank_lines_cut_when_asked(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\none\r\ntwo\r\n \r\n\r\nthree\n")
     assert texts(tmp_path, split_by="blank-line") == ["one\ntwo", "three"]

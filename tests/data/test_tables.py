@@ -19,6 +19,7 @@ from pyper.errors import DataError, MissingExtraError
 pyarrow = pytest.importorskip("pyarrow")
 pyarrow_csv = pytest.importorskip("pyarrow.csv")
 feather = pytest.importorskip("pyarrow.feather")
+parquet = pytest.importorskip("pyarrow.parquet")
 datasets = pytest.importorskip("datasets")
 
 
@@ -118,7 +119,9 @@ def test_columns_name_the_text_and_the_domain(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("value", ["../../etc", "/", "..", ".hidden", "a\0b", "x" * 500, "\n", "é"])
+@pytest.mark.parametrize(
+    "value", ["../../etc", "/", "..", ".hidden", "a\0b", "x" * 500, "漢" * 90, "\n"]
+)
 def test_a_domain_from_a_column_is_a_harmless_file_name(tmp_path: Path, value: str) -> None:
     table = pyarrow.table({"text": [f"{i} text" for i in range(40)], "d": [value] * 40})
     feather.write_feather(table, tmp_path / "a.feather")
@@ -137,6 +140,23 @@ def test_nested_keys_and_alternatives(tmp_path: Path) -> None:
     )
     documents, _ = read(tmp_path, columns="text=body|text,domain=meta.set")
     assert [(d.text, d.domain) for d in documents] == [("one", "law"), ("two", "a")]
+
+
+def test_a_null_column_gives_way_to_what_the_row_has(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+    rows = {"body": [None, None, None, "four"], "text": ["one", None, None, "no"]}
+    table = pyarrow.table({**rows, "messages": [None, chat, None, None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    documents, counts = read(tmp_path, columns="text=body|text")
+    assert [d.text.splitlines()[-1] for d in documents] == ["one", "there<|end|>", "four"]
+    assert (counts.chats, counts.empty) == (1, 1)
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has a text; the first bad row is 0") as caught:
+        read(tmp_path)
+    assert "must hold strings" in caught.value.hint
 
 
 def test_a_column_of_addresses_is_no_domain(tmp_path: Path) -> None:

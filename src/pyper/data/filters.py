@@ -116,13 +116,13 @@ class Filter:
                 hint="columns of a table are text: compare e.g. `float(score) > 0.5`",
             ) from None
 
-    def check_names(self) -> None:
+    def check_names(self, who: str = "no record", way_out: str = "") -> None:
         """Raises DataError for a name that no document had: call it when all were read."""
         for name in sorted(self._unseen):
             known = list(self._known)
             raise DataError(
-                f"the filter `{self.source}` asks for `{name}`, which no record has",
-                hint=f"{nearest(name, known)}".replace("known: ", "there are: "),
+                f"the filter `{self.source}` asks for `{name}`, which {who} has",
+                hint=f"{nearest(name, known)}".replace("known: ", "there are: ") + way_out,
             )
 
     def _look_for_names(self, fields: Mapping[str, Any]) -> None:
@@ -130,7 +130,11 @@ class Filter:
         self._known |= dict.fromkeys(list(fields)[:100])
         self._records += bool(fields)
         if self._records >= _RECORDS_UNTIL_TYPO:
-            self.check_names()
+            name = min(self._unseen, default="")
+            self.check_names(
+                f"none of the first {self._records:,} records",
+                f"; `fields['{name}']` where only later ones have it",
+            )
 
 
 class _Compiler:

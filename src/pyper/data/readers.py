@@ -1,6 +1,5 @@
 """Files and folders to cleaned documents, counting all that was mended or left out."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from typing import Any
 
 from pyper.config import PrepareConfig
 from pyper.data.chats import Chat, Chats, read_messages
-from pyper.data.cleaning import clean, decode, without_mark
+from pyper.data.cleaning import clean, decode
 from pyper.data.counts import ReadCounts
 from pyper.data.filters import Filter
-from pyper.data.sources import SourceFile, Split, find_files, open_binary, reading
+from pyper.data.json_records import Records, read_jsonl, read_list
+from pyper.data.sources import SourceFile, Split, find_files, open_binary, reading, short_name
 from pyper.data.special_tokens import Span
 from pyper.data.tables import Wanted, read_arrow, read_csv, read_parquet
 from pyper.errors import DataError, PromptError
@@ -82,21 +82,34 @@ class _Reader:
 
     def read(self, file: SourceFile) -> Iterator[Document]:
         """The documents of one file."""
-        if file.kind == "text":
+        items = self._array_in(file)
+        if file.kind == "text" and items is None:
             texts = _read_text(file.path, self._config, self._counts)
             found: Iterator[Document | None] = (
                 self._keep(file, {}, Chat(text), place) for text, place in texts
             )
         else:
-            found = self._read_records(file)
+            found = self._read_records(file, self._records(file) if items is None else items)
         for document in found:
             if document is not None:
                 self._counts.documents += 1
                 yield document
 
-    def _read_records(self, file: SourceFile) -> Iterator[Document | None]:
+    def _array_in(self, file: SourceFile) -> Records | None:
+        """Of a `.json` that is a list of records with texts or messages, as chats are often
+        published; None of any other file: it is text, or read by the record."""
+        items = read_list(file.path) if file.kind == "text" else []
+        first = items[0] if items else None
+        if not isinstance(first, dict):
+            return None
+        if not (any(has(first, key) for key in self._text_keys) or self._chats.key_in(first)):
+            return None
+        records = (item if isinstance(item, dict) else None for item in items)
+        return ((record, f":{number}") for number, record in enumerate(records))
+
+    def _read_records(self, file: SourceFile, records: Records) -> Iterator[Document | None]:
         good, first_bad = 0, ""
-        for record, place in self._records(file):
+        for record, place in records:
             where = f"{file.path}{place}"
             read = None if record is None else self._text_or_chat(record, where, strict=not good)
             if read is None or isinstance(read, PromptError):
@@ -107,21 +120,14 @@ class _Reader:
             good += 1
             yield self._keep(file, record or {}, read, place)
         if first_bad and not good:
-            raise DataError(
-                f"no line of {file.path} is a JSON object with a text; the first bad line is "
-                f"{first_bad}"
-                if file.kind == "jsonl"
-                else f"no row of {file.path} has a text; the first bad row is {first_bad}",
-                hint='each line should read {"text": "..."} or {"messages": [...]}; give plain '
-                "text the extension .txt",
-            )
+            raise _no_text(file, first_bad)
 
-    def _records(self, file: SourceFile) -> Iterator[tuple[Mapping[str, Any] | None, str]]:
+    def _records(self, file: SourceFile) -> Records:
         """Records with their places (`:12` is line or row 12); None for a line that is none."""
         if file.hub is not None:
             return file.hub.rows()
         if file.kind == "jsonl":
-            return _read_jsonl(file.path, self._counts)
+            return read_jsonl(file.path, self._counts)
         if file.kind == "csv":
             return iter(read_csv(file.path))
         read = read_parquet if file.kind == "parquet" else read_arrow
@@ -142,9 +148,11 @@ class _Reader:
 
         With `strict`, a record without the key is refused.
         """
-        key = next((key for key in self._text_keys if has(record, key)), None)
+        there = [key for key in self._text_keys if has(record, key)]
+        # In a table every row has every column: what is null is not there, if something else is.
+        key = next((k for k in there if look_up(record, k) is not None), next(iter(there), None))
         chat = self._chats.key_in(record)
-        if chat is not None and (self._chats.is_named or key is None):
+        if chat is not None and (self._chats.is_named or not key or look_up(record, key) is None):
             return self._render(record[chat])
         if key is None:
             if strict:
@@ -198,7 +206,7 @@ class _Reader:
         value = next((value for value in found if value not in (None, "")), None)
         if value is None:
             return file.domain
-        name = _UNSAFE.sub("_", str(value)[:_MAX_DOMAIN_CHARS]).strip(". ") or "_"
+        name = short_name(_UNSAFE.sub("_", str(value)[:_MAX_DOMAIN_CHARS])).strip(". ") or "_"
         self._domains.add(name)
         if len(self._domains) > _MAX_DOMAINS:
             key = "|".join(self._domain_keys)
@@ -247,16 +255,19 @@ def _cut_text(text: str, config: PrepareConfig) -> Iterator[tuple[str, str]]:
     yield from ((part, f":{i}") for i, part in enumerate(parts) if part)
 
 
-def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    with reading(path), open_binary(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(without_mark(decode(line, counts), counts))
-            except (ValueError, RecursionError):
-                record = None
-            yield record if isinstance(record, dict) else None, f":{number}"
+def _no_text(file: SourceFile, first_bad: str) -> DataError:
+    if file.kind == "jsonl":
+        return DataError(
+            f"no line of {file.path} is a JSON object with a text; the first bad line is "
+            f"{first_bad}",
+            hint='each line should read {"text": "..."} or {"messages": [...]}; give plain '
+            "text the extension .txt",
+        )
+    return DataError(
+        f"no row of {file.path} has a text; the first bad row is {first_bad}",
+        hint="the column must hold strings, or messages with `role` and `content`; name another "
+        "with `--columns text=NAME`",
+    )
 
 
 def _missing_key(where: str, key: str, there: Iterable[Any]) -> DataError:

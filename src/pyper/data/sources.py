@@ -41,6 +41,7 @@ _TABLES: dict[str, Kind] = {
 _SAVED_STATE, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 # Also Hugging Face's `train-00000-of-00002.parquet`.
 _SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test)(?:[-_]\d[-_\w]*)?", re.IGNORECASE)
+_MAX_NAME_BYTES = 200
 _COMPANIONS = re.compile(r"(readme|license|licence|copying|citation)\b.*", re.IGNORECASE)
 
 
@@ -199,7 +200,12 @@ def _domain(path: Path) -> str:
     if path.is_file():
         while Path(name).suffix.lower() in {*_COMPRESSED, *_TEXT, *_TABLES}:
             name = Path(name).stem
-    return name.encode("utf-8", "replace").decode() or "text"
+    return short_name(name) or "text"
+
+
+def short_name(name: str) -> str:
+    """A domain's name that leaves room for `-000.documents.npy` in the 255 bytes of a file's."""
+    return name.encode("utf-8", "replace")[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
 
 
 def _kind(path: Path) -> Kind | None:
