@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -6,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_corpus import make_texts, write_jsonl
 
 from pyper.config import PrepareConfig
 from pyper.data import SPLITS, TextTokenizer, TokenData, prepare
 from pyper.data.shard_writer import ShardWriter, token_dtype
 from pyper.errors import DataError, StorageError
+from pyper.stages.prepare import data_table
 
 BYTES = PrepareConfig(tokenizer="bytes", valid_fraction=0.1, test_fraction=0.1)
 
@@ -226,3 +229,15 @@ def test_ids_beyond_two_bytes_survive(tmp_path: Path) -> None:
     entry = writer.close()
     written = np.fromfile(tmp_path / entry.shards[0].tokens_file.name, dtype="<u4")
     assert written.tolist() == [0, 70_000]
+
+
+def test_the_table_shows_names_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a[bold]b.jsonl").write_text(
+        "".join(f'{{"text": "{n} text"}}\n' for n in range(40))
+    )
+    manifest = prepare([tmp_path / "a[bold]b.jsonl"], tmp_path / "out", BYTES)
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(data_table(manifest, Path("d[red]")))
+    shown = stream.getvalue()
+    assert "a[bold]b" in shown
+    assert "d[red]:" in shown

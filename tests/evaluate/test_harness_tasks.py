@@ -291,6 +291,25 @@ def test_a_task_that_wants_more_than_the_context_holds(model: Path, tmp_path: Pa
         evaluate_tasks(model, HarnessOptions([str(tmp_path / "long.yaml")]), Console(quiet=True))
 
 
+def test_two_files_with_one_name_are_refused(model: Path, tmp_path: Path) -> None:
+    """The results of one would take the place of the other's."""
+    for name in ("sums.yaml", "sums.jsonl"):
+        shutil.copy(TASKS / name, tmp_path)
+    files = [str(TASKS / "sums.yaml"), str(tmp_path / "sums.yaml")]
+    with pytest.raises(PyperError, match="`pyper_sums`, as another task is"):
+        evaluate_tasks(model, HarnessOptions(files), Console(quiet=True))
+
+
+def test_code_of_a_task_that_fails_is_no_traceback(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def results(doc, results):\n    return doc.total\n")
+    text = (TASKS / "writing.yaml").read_text() + "process_results: !function own.results\n"
+    (tmp_path / "own.yaml").write_text(text)
+    shutil.copy(TASKS / "sums.jsonl", tmp_path)
+    with pytest.raises(PyperError, match="AttributeError") as refused:
+        evaluate_tasks(model, HarnessOptions([str(tmp_path / "own.yaml")]), Console(quiet=True))
+    assert refused.value.hint
+
+
 def test_a_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = __import__("importlib.util").util.find_spec
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 
@@ -65,6 +66,7 @@ def evaluate_tasks(path: Path, options: HarnessOptions, console: Console) -> Res
         raise MissingExtraError("lm-eval", extra="eval", needed_for="`pyper evaluate --tasks`")
     from pyper.evaluate.harness import MixtureLM
 
+    _check(options)
     model = open_model(
         path,
         expert=options.expert,
@@ -90,6 +92,19 @@ def evaluate_tasks(path: Path, options: HarnessOptions, console: Console) -> Res
     }
 
 
+def _check(options: HarnessOptions) -> None:
+    if not options.tasks:
+        raise ConfigError("no task was named", hint="e.g. `hellaswag`, or a .yaml of your own")
+    least = {"limit": 1, "fewshot": 0, "batch_tokens": 1}
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise ConfigError(
+                f"`{name}` must be at least {lowest}, not {value}",
+                hint=f"leave out `{name}`, or give another number",
+            )
+
+
 def _load_tasks(options: HarnessOptions, bars: "_Bars") -> Loaded:
     """The tasks with their data, set up as asked."""
     from lm_eval.tasks import TaskManager
@@ -105,7 +120,14 @@ def _load_tasks(options: HarnessOptions, bars: "_Bars") -> Loaded:
                 f"lm-evaluation-harness has no task `{name}`",
                 hint=_closest(name, manager.all_tasks) + _LOCAL,
             )
-        for part, values in _load_task(manager, name, is_file).items():
+        found = _load_task(manager, name, is_file)
+        twice = loaded["tasks"].keys() & found["tasks"].keys()
+        if is_file and twice:  # groups may share a task; two files have two
+            raise ConfigError(
+                f"{name} is called `{min(twice)}`, as another task is",
+                hint="give each file its own `task: NAME`",
+            )
+        for part, values in found.items():
             loaded[part] |= values
         bars.show("loading tasks", len(loaded["tasks"]), len(options.tasks))
     for task in loaded["tasks"].values():
@@ -171,11 +193,14 @@ def _evaluate(lm: Any, loaded: Loaded, options: HarnessOptions) -> Result:
 
     try:
         found: Result = evaluate(lm, loaded, limit=options.limit, log_samples=False)
-    except (ValueError, KeyError, TypeError, AssertionError, IndexError) as error:
+    except PyperError:
+        raise
+    except Exception as error:  # tasks bring code of their own
         raise ConfigError(
             f"lm-evaluation-harness cannot run {', '.join(options.tasks)}: "
             f"{type(error).__name__}: {error}",
-            hint="run the tasks one by one to see which it is",
+            hint="run the tasks one by one to see which it is; where memory is short, lower "
+            "`--batch-tokens`",
         ) from error
     return found
 
@@ -207,16 +232,16 @@ def _results(found: Result) -> list[Result]:
 def harness_table(result: Result) -> Table:
     """The results for people; below them what was cut."""
     who = f"{result['mixing']} mixing" if result["mixing"] else result["experts"][0]
-    table = Table(title=f"{result['model']}, {who}", box=SIMPLE_HEAD)
+    table = Table(title=escape(f"{result['model']}, {who}"), box=SIMPLE_HEAD)
     table.add_column("task", overflow="fold")
     for name in ("shots", "metric", "value", "± stderr", "n"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for row in result["results"]:
         suffix = "" if row["filter"] == "none" else f" ({row['filter']})"
         table.add_row(
-            row["task"],
+            escape(row["task"]),
             _cell(row["fewshot"]),
-            row["metric"] + suffix,
+            escape(row["metric"] + suffix),
             f"{row['value']:.4f}" if abs(row["value"]) < 1000 else f"{row['value']:.3e}",
             "–" if row["stderr"] is None else f"{row['stderr']:.4f}",
             _cell(row["n"]),

@@ -73,7 +73,7 @@ def data_table(manifest: DataManifest, path: Path) -> Table:
     if chats := manifest.counts.get("chats"):
         learned = f"{chats:,} chats, of which the answers are learned\n"
     table = Table(
-        title=f"{path}: {manifest.vocab_size:,} token types",
+        title=f"{escape(str(path))}: {manifest.vocab_size:,} token types",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -92,7 +92,7 @@ def data_table(manifest: DataManifest, path: Path) -> Table:
         ]
         tokens = sum(e.tokens for e in splits.values())
         ratio = sum(e.bytes for e in splits.values()) / max(1, tokens)
-        table.add_row(domain, *cells, f"{ratio:.2f}")
+        table.add_row(escape(domain), *cells, f"{ratio:.2f}")
     return table
 
 
