@@ -1,5 +1,6 @@
 """The names at the top of the package do what they say, lazily, quietly and typed."""
 
+import inspect
 import math
 import pkgutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 import pyper
 from mixture.small_mixtures import NAMES
 from pyper.checkpoint import load_checkpoint
-from pyper.config import EarlyStoppingConfig, RunConfig
+from pyper.config import EarlyStoppingConfig, PrepareConfig, RunConfig
+from pyper.data import TokenData
 from pyper.mixture import load_mixture
 from serve.small_server import save_small_mixture
 
@@ -144,6 +146,7 @@ def test_one_expert_alone(model: pyper.Model, folder: Path) -> None:
     torch.testing.assert_close(
         alone.log_probs("one two"), pyper.load(folder, expert="1").log_probs("one two")
     )
+    assert model.expert(1).experts == pyper.load(folder, expert=1).experts == ("maths",)
     assert alone.mixture.expert(0) is model.mixture.expert(1)  # not a copy
     assert alone.route("x") == {"maths": 1.0}
 
@@ -200,6 +203,7 @@ def test_all_experts_are_verified_at_once_unless_few_stay_in_memory(folder: Path
         (lambda model, _: model.score("\udcff"), "UTF-8"),
         (lambda model, _: model.route("\udcff"), "UTF-8"),
         (lambda model, _: model.expert("4"), "no expert `4`"),
+        (lambda model, _: model.expert(-1), "no expert `-1`"),
         (lambda *_: pyper.prepare("nothing here", "out"), "nothing here"),
         (lambda *_: pyper.prepare(["."], "out", vocab_size=3), "`vocab_size`"),
         (lambda *_: pyper.train_run({"modle": {}}), "`modle`"),
@@ -210,6 +214,12 @@ def test_all_experts_are_verified_at_once_unless_few_stay_in_memory(folder: Path
         (lambda *_: train_small("no-data"), "no-data"),
         (lambda *_: train_small(["short"]), "training tokens"),
         (lambda *_: pyper.evaluate_tasks("/nowhere", ["x.yaml"]), "neither a run nor a mixture"),
+        (lambda _, folder: pyper.evaluate_tasks(folder, []), "no task"),
+        (lambda _, folder: pyper.evaluate_tasks(folder, "x.yaml", limit=0), "`limit`"),
+        (lambda _, folder: pyper.evaluate_tasks(folder, "x.yaml", fewshot=-1), "`fewshot`"),
+        (lambda *_: pyper.prepare(__file__, "out", filters="chars >"), "no expression"),
+        (lambda *_: pyper.prepare(".", "out", columns={"colour": "x"}), "colour"),
+        (lambda *_: pyper.train_run("small", overrides="train.stepz=3"), "`train.stepz`"),
         (lambda *_: pyper.merge_run("/nowhere", "out"), "no run file"),
     ],
 )
@@ -326,11 +336,34 @@ def test_from_text_to_a_merged_model(
     assert capfd.readouterr() == ("", "")
 
 
+def test_preparing_takes_what_the_command_takes(tmp_path: Path) -> None:
+    """Every setting that the command has, but the number of threads and of tokens in a shard."""
+    settings = set(inspect.signature(pyper.prepare).parameters) - {"sources", "output", "progress"}
+    elsewhere = {"filters": "filter"}
+    assert {elsewhere.get(name, name) for name in settings} == set(PrepareConfig.model_fields) - {
+        "text_key",  # `columns` says it too
+        "shard_tokens",
+        "workers",
+    }
+    rows = "".join(f"{n} {'few ' * (n % 3)}words,{'law' if n % 2 else 'sea'}\n" for n in range(60))
+    (tmp_path / "table.csv").write_text("body,source\n" + rows)
+    data = pyper.prepare(
+        tmp_path / "table.csv",
+        tmp_path / "data",
+        tokenizer="bytes",
+        columns={"text": "body", "domain": "source"},
+        filters="words < 4",
+    )
+    opened = TokenData.open(data)
+    assert opened.domains == ["law", "sea"]
+    assert opened.manifest.counts["filter: words < 4"] == 20
+
+
 def test_tasks_from_python(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     task = Path(__file__).parent / "evaluate" / "tasks" / "sums.yaml"
-    result = pyper.evaluate_tasks(folder, [str(task)], limit=2, mixing="top1", device="cpu")
+    result = pyper.evaluate_tasks(folder, task, expert=None, limit=2, mixing="top1", device="cpu")
     assert result["mixing"] == "top1"
     assert {row["n"] for row in result["results"]} == {2}

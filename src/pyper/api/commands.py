@@ -27,32 +27,46 @@ from pyper.stages.train_texts import train_on_texts
 
 
 def prepare(
-    sources: Iterable[StrPath],
+    sources: StrPath | Iterable[StrPath],
     output: StrPath,
     *,
     tokenizer: str = "bpe",
     vocab_size: int = 4096,
     valid_fraction: float = 0.05,
     test_fraction: float = 0.05,
+    min_chars: int = 1,
+    split_by: Literal["document", "blank-line"] = "document",
+    columns: Mapping[str, str] | None = None,
+    filters: Sequence[str] = (),
+    chat_template: StrPath | None = None,
+    strict_tokenizer: bool = False,
     progress: bool = False,
 ) -> Path:
     """Turn files and folders of text into token shards, as `pyper prepare` does; gives `output`.
 
     tokenizer: `bpe` trains one of `vocab_size` entries, `bytes` needs none, or the path of a
-    `tokenizer.json`. The fractions are shares of the documents. Raises DataError, TokenizerError,
-    StorageError, ConfigError.
+    `tokenizer.json`. The fractions are shares of the documents. min_chars: shorter documents are
+    left out. split_by: `blank-line` cuts text files at empty lines. columns: what is where, of
+    `text`, `messages` and `domain`. filters: expressions of which all must hold. chat_template: a
+    file in Jinja. strict_tokenizer: refuse one that changes text. docs/data.md says more. Raises
+    DataError, TokenizerError, StorageError, ConfigError.
 
     >>> pyper.prepare(["texts/law", "texts/novels"], "data/mine", vocab_size=8192)
+    >>> pyper.prepare("table.csv", "data/table", columns={"text": "body"}, filters=["chars > 20"])
     """
     values = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "valid_fraction": valid_fraction,
         "test_fraction": test_fraction,
+        "min_chars": min_chars,
+        "split_by": split_by,
+        "columns": dict(columns or {}),
+        "filter": _list(filters),
+        "chat_template": chat_template,
+        "strict_tokenizer": strict_tokenizer,
     }
-    if isinstance(sources, str):  # its letters would be taken for files
-        sources = [sources]
-    files = [Path(source) for source in sources]
+    files = [Path(source) for source in _list(sources)]
     config = validate(PrepareConfig, values)
     prepare_with_progress(files, Path(output), config, _console(progress))
     return Path(output)
@@ -138,12 +152,12 @@ def evaluate_run(
 
 def evaluate_tasks(
     model: StrPath,
-    tasks: Sequence[str],
+    tasks: StrPath | Sequence[StrPath],
     *,
     limit: int | None = None,
     fewshot: int | None = None,
     mixing: Mixing | None = None,
-    expert: str | None = None,
+    expert: str | int | None = None,
     batch_tokens: int = 8192,
     device: str = "auto",
     progress: bool = False,
@@ -157,8 +171,9 @@ def evaluate_tasks(
 
     >>> pyper.evaluate_tasks("runs/quickstart", ["arc_easy"], limit=100)["results"]
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    options = HarnessOptions(names, limit, fewshot, mixing, expert, batch_tokens, device)
+    names = [os.fspath(task) for task in _list(tasks)]
+    alone = None if expert is None else str(expert)
+    options = HarnessOptions(names, limit, fewshot, mixing, alone, batch_tokens, device)
     return run_tasks(Path(model), options, _console(progress))
 
 
@@ -197,12 +212,17 @@ def merge_run(
 
 def _run_of(run: StrPath | RunConfig | Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
     if isinstance(run, str | os.PathLike):
-        return load_run(Path(run), overrides)
+        return load_run(Path(run), _list(overrides))
     if overrides:
         raise ConfigError(
             "`overrides` are for run files", hint="change the dictionary, or the configuration"
         )
     return run if isinstance(run, RunConfig) else parse_run(dict(run))
+
+
+def _list(values: StrPath | Iterable[StrPath]) -> list[Any]:
+    """One alone as a list of one: the letters of a string would be taken for several."""
+    return [values] if isinstance(values, str | os.PathLike) else list(values)
 
 
 def _console(progress: bool) -> Console:

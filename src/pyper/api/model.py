@@ -70,12 +70,12 @@ class Model:
         """The most tokens of a prompt and what is written after it, the document token included."""
         return self.mixture.settings.seq_len
 
-    def expert(self, name: str) -> "Model":
+    def expert(self, name: str | int) -> "Model":
         """One expert alone, by its name or number; the weights are shared.
 
         Raises ConfigError for one that is not there.
         """
-        return Model(only_expert(self.mixture, name), self.tokenizer)
+        return Model(only_expert(self.mixture, str(name)), self.tokenizer)
 
     def generate(
         self,
@@ -173,7 +173,7 @@ def load(
     *,
     device: str = "auto",
     mixing: Mixing | None = None,
-    expert: str | None = None,
+    expert: str | int | None = None,
     resident: int | None = None,
 ) -> Model:
     """The mixture of a run folder, a mixture's folder, or a merged model.
@@ -184,7 +184,8 @@ def load(
 
     >>> model = pyper.load("runs/quickstart", mixing="top1")
     """
-    opened = open_model(Path(path), expert=expert, mixing=mixing, resident=resident, device=device)
+    alone = None if expert is None else str(expert)
+    opened = open_model(Path(path), expert=alone, mixing=mixing, resident=resident, device=device)
     if resident is None:
         for index in range(opened.mixture.n_experts):
             opened.mixture.expert(index)
