@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,30 @@ def test_one_expert_has_a_stock_architecture_and_its_own_numbers(
     card = (tmp_path / "out" / "README.md").read_text()
     own = json.loads((finished_run / "evaluation.json").read_text())["experts"][1]
     assert f"| this model | {own:.3f} |" in card
+
+
+def test_a_card_says_what_one_expert_did_differently_and_where_it_began(
+    pyper: Pyper, finished_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    settings = (run / "run.toml").read_text().replace("[train]", '[train]\nstart_from = "seeds/x"')
+    settings = re.sub(r"(?m)^(seed_fraction|control|expert) = .*\n", "", settings)
+    own = '\n[[expert]]\nname = "tales"\ntrain = { learning_rate = 0.125 }\n'
+    (run / "run.toml").write_text(settings + own)
+    for name, expected in [
+        ("tales", "| learning rate | `0.125` |"),
+        ("sums", "| learning rate | "),
+    ]:
+        out = tmp_path / name
+        assert pyper("export", run, "-o", out, "--expert", name, "--no-check").exit_code == 0
+        card = (out / "README.md").read_text()
+        assert expected in card
+        assert ("0.125" in card) == (name == "tales")
+        assert "| started from | `seeds/x` |" in card
+        assert "this one went on with its part" in card
+    assert pyper("export", run, "-o", tmp_path / "all", "--no-check").exit_code == 0
+    card = (tmp_path / "all" / "README.md").read_text()
+    assert "| of expert tales | `learning_rate = 0.125` |" in card
 
 
 def test_the_table_is_for_people(pyper: Pyper, swiglu: Path, tmp_path: Path) -> None:
@@ -165,6 +190,20 @@ def test_a_folder_that_says_something_else_is_not_kept(
     assert ended.exit_code == 1
     assert "logits differ" in ended.complaint[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rounding_of_large_logits_is_no_difference(pyper: Pyper, tmp_path: Path) -> None:
+    model = small_expert(vocab_size=257, activation="swiglu", seq_len=64, tie_embeddings=False)
+    with torch.no_grad():
+        model.head.weight *= 3000
+    settings = MixtureSettings(
+        experts=("only",), tokenizer_fingerprint=BYTES.fingerprint, bos_id=BYTES.bos_id,
+        seq_len=64, router="experts", top_k=1,
+    )  # fmt: skip
+    save_single(tmp_path / "loud", model, settings, BYTES)
+    ended = pyper("export", tmp_path / "loud", "-o", tmp_path / "out", "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert json.loads(ended.stdout)["largest_logit_difference"] > 1e-4
 
 
 def break_import(folder: Path) -> None:

@@ -101,3 +101,17 @@ def test_one_model_has_one_loss() -> None:
     assert ["this model", "2.600"] in rows
     assert ["law", "9", "2.500", "2.400"] in rows
     assert not any("oracle" in cell for row in rows for cell in row)
+
+
+def test_a_control_is_spoken_of_where_there_is_one() -> None:
+    assert "dense control had" in model_card(FACTS)
+    card = model_card(replace(FACTS, evaluation=REPORT | {"control": None}))
+    assert "dense control had" not in card
+
+
+def test_a_model_with_a_chat_template_is_not_called_a_base_model() -> None:
+    assert "base model" in model_card(FACTS)
+    card = model_card(replace(FACTS, has_chat_template=True))
+    assert "base model" not in card
+    assert "apply_chat_template" in card
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")

@@ -37,6 +37,8 @@ class CardFacts:
     has_chat_template: bool = False
     license_name: str | None = None
     domains: Sequence[DomainFacts] = ()
+    is_one_of_several: bool = False
+    """An expert of a run, which saw only a part of the data after the seed."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     """evaluation.json."""
@@ -85,7 +87,8 @@ def _summary(facts: CardFacts) -> str:
         "mixing": facts.mixing,
         "made with": f"Pyper {__version__}",
     }
-    what = f"This is {facts.kind}, a base model that continues text."
+    does = "knows a chat format" if facts.has_chat_template else "continues text: a base model"
+    what = f"This is {facts.kind} that {does}."
     return f"{what}\n\n{_table(('', ''), [row for row in rows.items() if row[1]])}"
 
 
@@ -94,12 +97,19 @@ def _loading(facts: CardFacts) -> str:
         code = f'llama-cli -m {facts.gguf_file} --no-conversation -p "Once upon a time"'
         return f"## Use\n\n```sh\n{code}\n```"
     trust = ", trust_remote_code=True" if facts.needs_code else ""
+    prompt = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+    if facts.has_chat_template:
+        prompt = (
+            'messages = [{"role": "user", "content": "Tell me a story."}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
+        )
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'folder = "{facts.name}"  # where this file is\n'
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        f"{prompt}"
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
     )
     text = f"## Use\n\n```python\n{code}\n```"
@@ -117,7 +127,10 @@ def _data(facts: CardFacts) -> str:
     rows = [(d.name, f"{d.documents:,}", f"{d.tokens:,}") for d in facts.domains]
     total = (sum(d.documents for d in facts.domains), sum(d.tokens for d in facts.domains))
     rows.append(("**all**", f"{total[0]:,}", f"{total[1]:,}"))
-    return "## Training data\n\n" + _table(("domain", "documents", "tokens"), rows)
+    table = "## Training data\n\n" + _table(("domain", "documents", "tokens"), rows)
+    if not facts.is_one_of_several:
+        return table
+    return f"{table}\n\nThese are the data of all experts; this one went on with its part of them."
 
 
 def _recipe(facts: CardFacts) -> str:
@@ -134,10 +147,11 @@ def _evaluation(facts: CardFacts) -> str:
     rows = [(name, _number(loss)) for name, loss in _arms(report) if loss is not None]
     text = (
         f"## Evaluation\n\nHeld-out loss over {report['tokens']:,} tokens of the split "
-        f"`{report.get('split', 'test')}`, nats per token. The dense control had as many training "
-        "tokens as seed and experts together.\n\n" + _table(("", "nats/token"), rows)
+        f"`{report.get('split', 'test')}`, nats per token."
     )
-    return f"{text}\n\n{_by_domain(report)}"
+    if report["control"] is not None:
+        text += " The dense control had as many training tokens as seed and experts together."
+    return f"{text}\n\n{_table(('', 'nats/token'), rows)}\n\n{_by_domain(report)}"
 
 
 def _arms(report: Mapping[str, Any]) -> list[tuple[str, float | None]]:

@@ -195,9 +195,10 @@ def _write_card(
     mixture, run = source.mixture, run_around(source.path)
     config, several = mixture.expert(0).config, mixture.n_experts > 1
     evaluation = evaluation_of(run)
-    recipe = recipe_facts(run, evaluation)
-    if options.expert is not None:
-        evaluation = evaluation_of_expert(evaluation, mixture.settings.experts[0])
+    expert = None if options.expert is None else mixture.settings.experts[0]
+    recipe = recipe_facts(run, evaluation, expert)
+    if expert is not None:
+        evaluation = evaluation_of_expert(evaluation, expert)
     kind = "a sparse" if config.kind == "sparse" else "one dense"
     facts = CardFacts(
         name=source.name,
@@ -215,6 +216,7 @@ def _write_card(
         has_chat_template=source.chat_template is not None,
         license_name=options.license_name,
         domains=domain_facts(run),
+        is_one_of_several=expert is not None and recipe.get("experts", 1) > 1,
         recipe=recipe,
         evaluation=evaluation,
         notes=notes,

@@ -19,6 +19,7 @@ from pyper.mixture import LMRouter, Mixture
 
 TOLERANCE = 1e-4
 """Largest difference of two logits, computed in float32 from the weights as they were written."""
+_OF_THE_LARGEST = 3e-5  # of large logits more is rounding
 _ROWS, _TOKENS = 2, 256
 
 
@@ -48,10 +49,11 @@ def check_exported(
             hint="please report it, with the tokenizer",
         )
     difference = float((loaded["logits"] - expected).abs().max())
-    if not difference <= TOLERANCE:  # NaN neither
+    most = max(TOLERANCE, _OF_THE_LARGEST * float(expected.abs().max()))
+    if not difference <= most:  # NaN neither
         raise CheckpointError(
             f"the exported model's logits differ by up to {difference:.1e} from the model's own, "
-            f"more than {TOLERANCE:.0e}",
+            f"more than {most:.0e}",
             hint="nothing was written; please report it",
         )
     return {"largest_logit_difference": difference, "tokens_compared": tokens.numel()}

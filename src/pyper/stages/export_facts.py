@@ -9,6 +9,7 @@ from pyper.data.manifest import read_manifest
 from pyper.errors import PyperError
 from pyper.export.card import DomainFacts
 from pyper.mixture import MixtureSettings
+from pyper.mixture.store import read_settings
 from pyper.stages.folder import read_json
 
 
@@ -36,14 +37,18 @@ def domain_facts(run: Path | None) -> list[DomainFacts]:
     return [DomainFacts(name, entry.documents, entry.tokens) for name, entry in splits.items()]
 
 
-def recipe_facts(run: Path | None, evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """How it was trained, as far as it is written down."""
+def recipe_facts(
+    run: Path | None, evaluation: dict[str, Any] | None, expert: str | None = None
+) -> dict[str, Any]:
+    """How it was trained, as far as it is written down; expert: of that one alone."""
     settings = _settings(run)
-    if settings is None:
+    if settings is None or run is None:
         return {}
-    train = settings.train
+    number = None if expert is None else read_settings(run / "mixture").experts.index(expert)
+    train = settings.train if number is None else settings.expert_train(number, expert)
     steps = (evaluation or {}).get("steps", {})
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = {} if train.start_from is None else {"started from": train.start_from}
+    facts |= {
         "optimizer": train.optimizer,
         "learning rate": train.learning_rate,
         "schedule": train.schedule,
@@ -53,10 +58,31 @@ def recipe_facts(run: Path | None, evaluation: dict[str, Any] | None) -> dict[st
         "experts": settings.mixture.n_experts,
         "documents divided by": settings.mixture.assign,
     }
-    by_expert = [n for name, n in steps.items() if name.startswith("expert:")]
-    if by_expert:
-        facts["steps of the seed"] = steps.get("seed", 0)
-        facts["steps of each expert"] = ", ".join(map(str, by_expert))
+    if number is None:
+        facts |= _own_settings(settings)
+    return facts | _steps(steps, number)
+
+
+def _own_settings(settings: RunConfig) -> dict[str, str]:
+    """What single experts do differently."""
+    return {
+        f"of expert {own.index if own.name is None else own.name}": ", ".join(
+            f"{key} = {value}" for key, value in own.train.items()
+        )
+        for own in settings.expert
+        if own.train
+    }
+
+
+def _steps(steps: dict[str, int], number: int | None) -> dict[str, Any]:
+    by_expert = {name: n for name, n in steps.items() if name.startswith("expert:")}
+    facts: dict[str, Any] = {}
+    if by_expert and "seed" in steps:
+        facts["steps of the seed"] = steps["seed"]
+    if number is not None and f"expert:{number}" in by_expert:
+        facts["steps of this expert"] = by_expert[f"expert:{number}"]
+    elif by_expert:
+        facts["steps of each expert"] = ", ".join(map(str, by_expert.values()))
     return facts
 
 
