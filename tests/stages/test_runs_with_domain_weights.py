@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pyper.config import RunConfig, parse_run
 from pyper.data import effective_tokens
-from pyper.errors import ConfigError
+from pyper.errors import ConfigError, DataError
 from pyper.stages.assign import assign
 from pyper.stages.context import Context
 from pyper.stages.plan import plan, plan_table
@@ -73,6 +73,19 @@ def test_an_unknown_domain_gets_a_suggestion(open_new: Open) -> None:
     own = [{"name": "sums", "data": {"weights": {"sum": 3.0}}}]
     with pytest.raises(ConfigError, match=r"`expert.sums.data.weights`.*`sum`"):
         by_folder(open_new, "typo", expert=own)
+
+
+@pytest.mark.parametrize("weight", [0, 0.001])
+def test_weights_that_leave_an_expert_nothing_are_refused_before_training(
+    open_new: Open, weight: float
+) -> None:
+    own = [{"name": "tales", "data": {"weights": {"tales": weight}}}]
+    context = by_folder(open_new, "nothing", expert=own)
+    with pytest.raises(DataError, match=r"expert `tales` would get \d+ training tokens an epoch"):
+        budget_of(context, assign(context))
+    nothing = by_folder(open_new, "none", "data.weights={ sums = 0, tales = 0 }")
+    with pytest.raises(DataError, match="would get 0 training tokens"):
+        plan(nothing.run)
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,16 @@ def plan_budget(run: RunConfig, train_tokens: list[int], names: list[str]) -> Bu
     """Divide the budget: a share for the seed, the rest for the experts, as much for the control.
 
     `epochs` follow each expert's own data; `tokens` and `steps` are shared equally. An expert with
-    a budget of its own takes that. The control makes as many steps as all experts together.
+    a budget of its own takes that. The control makes as many steps as all experts together. Raises
+    DataError where `data.weights` leave an expert less than a sequence: before anything is trained.
     """
+    for name, n in zip(names, train_tokens, strict=True):
+        if n <= run.data.seq_len:
+            raise DataError(
+                f"expert `{name}` would get {n:,} training tokens an epoch, less than one sequence "
+                f"of {run.data.seq_len:,}",
+                hint="add data, raise its `data.weights`, or lower `data.seq_len`",
+            )
     train, fraction = run.train, run.train.seed_fraction
     total = steps_of(train, sum(train_tokens))
     seed = round(fraction * total)
