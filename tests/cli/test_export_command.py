@@ -142,6 +142,7 @@ def test_gguf_comes_with_its_card(pyper: Pyper, swiglu: Path, tmp_path: Path) ->
         (("--dtype", "int8"), "`--dtype` does not know `int8`"),
         (("--architecture", "stock"), "no stock architecture"),
         (("--architecture", "stok"), "`--architecture` does not know `stok`"),
+        (("--architecture", "pyper", "--to", "gguf", "--expert", "0"), "no modelling file"),
         (("--expert", "9"), "no expert `9`"),
         (("--mixing", "window"), "window"),
         (("--shard-gb", "0"), "`--shard-gb` must be more than 0"),

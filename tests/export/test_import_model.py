@@ -99,6 +99,17 @@ def test_the_check_compares_with_transformers(
     monkeypatch.setattr("pyper.nn.rope.attention_scale", lambda scaling: 1.01)
     with pytest.raises(CheckpointError, match="logits differ"):
         imported(source, tmp_path / "other", check=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_check_that_transformers_refuses_is_an_error_for_people(tmp_path: Path) -> None:
+    source = save_stock(tmp_path / "stock", stock_model("Llama"))
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(values | {"attention_bias": None}))
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .*attention_bias"):
+        imported(source, tmp_path / "seed", check=True)
+    assert not (tmp_path / "seed").exists()
+    imported(source, tmp_path / "seed")
 
 
 def test_a_window_shortens_the_context_and_that_is_said(tmp_path: Path) -> None:

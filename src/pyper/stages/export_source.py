@@ -95,6 +95,11 @@ def check_options(options: ExportOptions) -> None:
     for option, (value, values) in known.items():
         if value not in values:
             raise ConfigError(f"`{option}` does not know `{value}`", hint=nearest(value, values))
+    if options.to == "gguf" and options.architecture == "pyper":
+        raise ConfigError(
+            "`--architecture pyper` is for transformers: a GGUF file has no modelling file",
+            hint="leave one of `--architecture` and `--to gguf` out",
+        )
     if not 0 < options.shard_gb < float("inf"):
         raise ConfigError(
             f"`--shard-gb` must be more than 0, not {options.shard_gb}", hint="`5` is usual"

@@ -63,10 +63,10 @@ def import_model(
     model = build_expert(opened.config, tensors, device=torch.device("cpu"), keep=True)
     settings = _settings(source, opened)
     template = find_template(source)
-    save_single(output, model, settings, opened.tokenizer.tokenizer, template)
     result = _facts(output, opened, model, settings) | {"chat_template": bool(template)}
-    if options.check:
+    if options.check:  # before anything is written: what differs must not be used
         result["check"] = {"largest_logit_difference": compare_logits(source, model)}
+    save_single(output, model, settings, opened.tokenizer.tokenizer, template)
     return result
 
 
@@ -175,7 +175,8 @@ def _facts(
 def compare_logits(source: Path, model: Transformer) -> float:
     """The largest difference between our logits and those of `transformers`, both in float32.
 
-    Raises MissingExtraError, and CheckpointError where it is more than rounding explains.
+    Raises MissingExtraError, and CheckpointError where it is more than rounding explains or
+    `transformers` cannot load the folder.
     """
     try:
         from transformers import AutoModelForCausalLM
@@ -183,9 +184,15 @@ def compare_logits(source: Path, model: Transformer) -> float:
     except ImportError:
         raise MissingExtraError("transformers", extra="export", needed_for="`--check`") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    theirs = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # its validation may fail in any way
+        raise CheckpointError(
+            f"`--check`: transformers cannot load {source}: {' '.join(str(error).split())}",
+            hint="mend its config.json, or leave `--check` out: nothing was written",
+        ) from None
     for parameter in theirs.parameters():  # what `--dtype` rounded is no difference
         parameter.copy_(parameter.to(model.dtype))
     length = min(_CHECKED_TOKENS, model.config.seq_len)
@@ -197,7 +204,7 @@ def compare_logits(source: Path, model: Transformer) -> float:
     if not difference <= _MOST_DIFFERENCE * max(1.0, float(expected.abs().max())):
         raise CheckpointError(
             f"the logits differ from those of transformers by {difference:.2g}",
-            hint="the import is not exact: do not use it, and report this model",
+            hint="the import would not be exact: nothing was written; please report this model",
         )
     return difference
 
