@@ -9,7 +9,6 @@ text. `reading` is one pass without tokenizing, of which a run makes two.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -69,25 +68,30 @@ def measure(path: Path, folder: Path, tokenizer: str, workers: int) -> dict[str,
     command = [sys.executable, "-m", "pyper.cli.main", "prepare", str(path), "-o", str(output)]
     command += ["--tokenizer", tokenizer, "--workers", str(workers), "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    with process.stdout:
-        said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)  # as `wait`, but it tells the memory
-    process.returncode = os.waitstatus_to_exitcode(status)
+    done = subprocess.run([sys.executable, "-c", _LAUNCH, *command], capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
+    peak, said = done.stdout.split("\n", 1)
     return {
         "tokenizer": tokenizer,
         "workers": workers,
         "seconds": round(seconds, 1),
         "mb_per_second": round(path.stat().st_size / seconds / 1e6, 2),
-        "peak_mb": round(usage.ru_maxrss * _RSS_UNIT / 1e6),
+        "peak_mb": round(int(peak) * _RSS_UNIT / 1e6),
         "fingerprint": json.loads(said)["fingerprint"],
     }
 
 
+# A process inherits the peak of the one it was forked from: so that it does not count ours, which
+# may have done much before, it is started by one that is small.
+_LAUNCH = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+print(done.stdout, end="")
+sys.exit(done.returncode)
+"""
 # Linux counts in kB, macOS in bytes.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
