@@ -158,7 +158,7 @@ def test_messages_are_cleaned_before_answers_are_measured(tmp_path: Path) -> Non
 def test_a_file_whose_chats_are_all_refused_says_why(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     path = write_records(tmp_path / "a.jsonl", [{"messages": CHAT}])
-    with pytest.raises(DataError, match=r"first bad line is 1: .*roles must alternate"):
+    with pytest.raises(DataError, match=r"the first is 1: .*roles must alternate"):
         read(path, chat_template=tmp_path / "t.jinja")
 
 

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -202,6 +203,13 @@ def test_a_missing_source_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path / "novel")
     assert "novels" in caught.value.hint
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="neither a file nor a folder") as caught:
+        list(read_documents([tmp_path / "pipe"], PrepareConfig(), ReadCounts()))
+    assert "twice" in caught.value.hint
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:

@@ -310,6 +310,18 @@ def test_code_of_a_task_that_fails_is_no_traceback(model: Path, tmp_path: Path) 
     assert refused.value.hint
 
 
+def test_a_metric_that_is_not_computed_is_named(model: Path, tmp_path: Path) -> None:
+    text = (TASKS / "sums.yaml").read_text().replace("metric: acc_norm", "metric: accuracy")
+    (tmp_path / "own.yaml").write_text(text)
+    shutil.copy(TASKS / "sums.jsonl", tmp_path)
+    result = evaluate_tasks(
+        model, HarnessOptions([str(tmp_path / "own.yaml")], limit=2), Console(quiet=True)
+    )
+    assert result["missing"] == ["pyper_sums: accuracy"]
+    assert "no value of pyper_sums: accuracy" in str(harness_table(result).caption)
+    assert measure(model, "sums", "tales", "writing", limit=1)["missing"] == []
+
+
 def test_a_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = __import__("importlib.util").util.find_spec
     monkeypatch.setattr(

@@ -205,7 +205,7 @@ def _compile(source: str) -> Any:
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template is not a Jinja template: {error}",
-            hint="mend `chat_template` in tokenizer_config.json",
+            hint="mend the file that was named, or `chat_template` in tokenizer_config.json",
         ) from None
 
 

@@ -108,19 +108,20 @@ class _Reader:
         return ((record, f":{number}") for number, record in enumerate(records))
 
     def _read_records(self, file: SourceFile, records: Records) -> Iterator[Document | None]:
-        good, first_bad = 0, ""
+        good, first_bad, refused = 0, "", False
         for record, place in records:
             where = f"{file.path}{place}"
             read = None if record is None else self._text_or_chat(record, where, strict=not good)
             if read is None or isinstance(read, PromptError):
                 self._counts.malformed_lines += read is None
                 self._counts.refused_chats += read is not None
-                first_bad = first_bad or f"{place[1:]}{f': {read}' if read else ''}"
+                if not first_bad:
+                    first_bad, refused = f"{place[1:]}{f': {read}' if read else ''}", bool(read)
                 continue
             good += 1
             yield self._keep(file, record or {}, read, place)
         if first_bad and not good:
-            raise _no_text(file, first_bad)
+            raise _no_text(file, first_bad, refused=refused)
 
     def _records(self, file: SourceFile) -> Records:
         """Records with their places (`:12` is line or row 12); None for a line that is none."""
@@ -255,7 +256,12 @@ def _cut_text(text: str, config: PrepareConfig) -> Iterator[tuple[str, str]]:
     yield from ((part, f":{i}") for i, part in enumerate(parts) if part)
 
 
-def _no_text(file: SourceFile, first_bad: str) -> DataError:
+def _no_text(file: SourceFile, first_bad: str, *, refused: bool) -> DataError:
+    if refused:
+        return DataError(
+            f"the chat template can write no chat of {file.path}; the first is {first_bad}",
+            hint="use another one with `--chat-template FILE`",
+        )
     if file.kind == "jsonl":
         return DataError(
             f"no line of {file.path} is a JSON object with a text; the first bad line is "

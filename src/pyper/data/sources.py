@@ -233,6 +233,11 @@ def _looks_like_text(path: Path) -> bool:
 
 
 def _missing(source: Path) -> DataError:
+    if source.exists():
+        return DataError(
+            f"`{source}` is neither a file nor a folder",
+            hint="text is read twice, which a pipe cannot be: write it to a file first",
+        )
     parent = source.resolve().parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     close = difflib.get_close_matches(source.name, names, n=1)

@@ -89,20 +89,18 @@ def evaluate_tasks(path: Path, options: HarnessOptions, console: Console) -> Res
         "requests": lm.n_requests,
         "truncated": lm.n_truncated,
         "results": _results(found),
+        "missing": _missing(found),
     }
 
 
 def _check(options: HarnessOptions) -> None:
     if not options.tasks:
         raise ConfigError("no task was named", hint="e.g. `hellaswag`, or a .yaml of your own")
-    least = {"limit": 1, "fewshot": 0, "batch_tokens": 1}
-    for name, lowest in least.items():
+    for name, least in {"limit": 1, "fewshot": 0, "batch_tokens": 1}.items():
         value = getattr(options, name)
-        if value is not None and value < lowest:
-            raise ConfigError(
-                f"`{name}` must be at least {lowest}, not {value}",
-                hint=f"leave out `{name}`, or give another number",
-            )
+        if value is not None and value < least:
+            message = f"`{name}` must be at least {least}, not {value}"
+            raise ConfigError(message, hint=f"leave out `{name}`, or give another number")
 
 
 def _load_tasks(options: HarnessOptions, bars: "_Bars") -> Loaded:
@@ -229,6 +227,17 @@ def _results(found: Result) -> list[Result]:
     return rows
 
 
+def _missing(found: Result) -> list[str]:
+    """Metrics that a task lists and the library, without a word, does not know or compute."""
+    missing = []
+    for task, config in found.get("configs", {}).items():
+        there = {key.partition(",")[0] for key in found["results"].get(task, {})}
+        for metric in config.get("metric_list") or []:
+            if isinstance(name := metric.get("metric"), str) and name not in there:
+                missing.append(f"{task}: {name}")
+    return missing
+
+
 def harness_table(result: Result) -> Table:
     """The results for people; below them what was cut."""
     who = f"{result['mixing']} mixing" if result["mixing"] else result["experts"][0]
@@ -252,6 +261,8 @@ def harness_table(result: Result) -> Table:
             f"; {result['truncated']:,} of {result['requests']:,} texts were longer than the "
             "context and lost their beginning"
         )
+    if result["missing"]:
+        table.caption += f"; there is no value of {escape(', '.join(result['missing']))}"
     return table
 
 
