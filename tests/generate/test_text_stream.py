@@ -1,5 +1,9 @@
+import json
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pyper.data import TextTokenizer
 from pyper.generate import TextStream
@@ -39,6 +43,63 @@ def test_bytes_that_are_no_text_do_not_swallow_what_follows() -> None:
 def test_the_document_token_has_no_text() -> None:
     stream = TextStream(BYTES, ())
     assert stream.push(BYTES.bos_id) == ""
+
+
+TEXT = "12 plus 30 makes 42, and 13 plus 30 makes 43; plus plus plus"
+
+
+def sentencepiece(metaspace: bool) -> TextTokenizer:
+    """As of Llama 2 and Mistral: words begin with their space, rare characters are bytes."""
+    library = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if metaspace:
+        library.pre_tokenizer = pre_tokenizers.Metaspace()
+        first: list[decoders.Decoder] = [decoders.Metaspace()]
+        last: list[decoders.Decoder] = []
+    else:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        library.normalizer = normalizers.Sequence(steps)
+        first = [decoders.Replace("▁", " ")]
+        last = [decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence([*first, decoders.ByteFallback(), decoders.Fuse(), *last])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    library.train_from_iterator(TEXT.split() if metaspace else TEXT.split(" "), trainer)
+    # Bytes are ordinary entries, not special tokens, as in the published ones.
+    settings = json.loads(library.to_str())
+    settings["added_tokens"] = settings["added_tokens"][:3]
+    return TextTokenizer(Tokenizer.from_str(json.dumps(settings)))
+
+
+def word_pieces() -> TextTokenizer:
+    library = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=60, special_tokens=["[UNK]", "<s>"], show_progress=False
+    )
+    library.train_from_iterator([TEXT, "plum making"], trainer)
+    return TextTokenizer(library)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (sentencepiece(metaspace=False), TEXT + " é 漢  字 plus"),
+        (sentencepiece(metaspace=True), TEXT + " é 漢 字 plus"),
+        (word_pieces(), TEXT + " plum, making 13"),
+    ],
+    ids=["llama", "metaspace", "wordpiece"],
+)
+def test_words_keep_their_spaces_and_characters_whatever_the_tokenizer(
+    tokenizer: TextTokenizer, text: str
+) -> None:
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids)
+    assert " plus" in whole
+    for n in (1, 4, 9):
+        stream = TextStream(tokenizer, ())
+        shown = "".join(stream.push(t) for t in ids[n:]) + stream.finish()
+        assert tokenizer.decode(ids[:n]) + shown == whole
 
 
 def test_a_stop_string_over_several_tokens_ends_the_text_before_it() -> None:

@@ -125,11 +125,12 @@ class TextTokenizer:
         """The UTF-8 bytes of `ids`, `bos` left out; may end in the middle of a character.
 
         For streaming: feed the bytes to an incremental UTF-8 decoder. Tokenizers that are not
-        byte-level decode each id by itself. Raises TokenizerError for an id outside the vocabulary.
+        byte-level say what each id adds to a text. Raises TokenizerError for an id outside the
+        vocabulary.
         """
         table = self._bytes_of_id
         if table is None:
-            return b"".join(self.decode([i]).encode() for i in ids)
+            return b"".join(self._bytes_inside(int(i)) for i in ids)
         try:
             return b"".join([table[i] for i in ids])
         except IndexError:
@@ -209,6 +210,27 @@ class TextTokenizer:
             table[index] = bytes(byte_of_char[c] for c in token) if spelled else token.encode()
         table[self.bos_id] = b""
         return table
+
+    def _bytes_inside(self, index: int) -> bytes:
+        """What a token is inside a text. Alone, it may lose its space, or half a character."""
+        if index in self._fallback_bytes:
+            return self._fallback_bytes[index]
+        before = self.decode(self._some_word)
+        text = self.decode([*self._some_word, index])
+        inside = text[len(before) :] if text.startswith(before) else self.decode([index])
+        return inside.encode()
+
+    @cached_property
+    def _some_word(self) -> list[int]:
+        return self.encode("a")
+
+    @cached_property
+    def _fallback_bytes(self) -> dict[int, bytes]:
+        """The tokens `<0x00>` … `<0xFF>` of tokenizers that spell rare characters by them."""
+        if not self._settings["model"].get("byte_fallback"):
+            return {}
+        ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        return {index: bytes([byte]) for byte, index in ids.items() if index is not None}
 
     @cached_property
     def _byte_ids(self) -> NDArray[np.uint32] | None:
