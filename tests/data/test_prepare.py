@@ -12,6 +12,7 @@ from small_corpus import make_texts, write_jsonl
 
 from pyper.config import PrepareConfig
 from pyper.data import SPLITS, TextTokenizer, TokenData, prepare
+from pyper.data.partial_folder import partial_folder
 from pyper.data.shard_writer import ShardWriter, token_dtype
 from pyper.errors import DataError, StorageError
 from pyper.stages.prepare import data_table
@@ -135,12 +136,23 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process numbers are checked on POSIX only")
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / f".out.partial-{socket.gethostname()}-999999999"
+@pytest.mark.parametrize("name", ["out", "out[1]"])
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, name: str) -> None:
+    left = tmp_path / f".{name}.partial-{socket.gethostname()}-999999999"
     left.mkdir()
     write_lines(tmp_path / "in" / "a.txt", 100)
-    prepare([tmp_path / "in"], tmp_path / "out", BYTES)
+    prepare([tmp_path / "in"], tmp_path / name, BYTES)
     assert not left.exists()
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    partial = partial_folder(tmp_path / "out")
+    (partial.__enter__() / "mine").touch()
+    write_lines(tmp_path / "out" / "theirs", 3)
+    with pytest.raises(StorageError, match="cannot write") as caught:
+        partial.__exit__(None, None, None)
+    assert "meanwhile" in caught.value.hint
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
 def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:

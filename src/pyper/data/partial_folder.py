@@ -1,5 +1,7 @@
 """A folder that appears whole or not at all."""
 
+import errno
+import glob
 import os
 import shutil
 import socket
@@ -24,9 +26,11 @@ def partial_folder(output: Path) -> Iterator[Path]:
             output.rmdir()  # empty, as `_finished` found
         folder.rename(output)
     except OSError as error:  # the readers turn theirs into a DataError
+        hint = "free some space, or choose a folder you may write to"
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            hint = "something else wrote there meanwhile: run it again, or choose another folder"
         raise StorageError(
-            f"cannot write {output}: {error.strerror or error}",
-            hint="free some space, or choose a folder you may write to",
+            f"cannot write {output}: {error.strerror or error}", hint=hint
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -36,7 +40,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what killed runs on this machine left behind."""
     if os.name != "posix":  # elsewhere signal 0 would end the process
         return
-    for folder in parent.glob(f"{prefix}*"):
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
         try:
             os.kill(int(folder.name.removeprefix(prefix)), 0)
         except ProcessLookupError:
