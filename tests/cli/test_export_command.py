@@ -105,6 +105,19 @@ def test_a_card_says_what_one_expert_did_differently_and_where_it_began(
     assert "| of expert tales | `learning_rate = 0.125` |" in card
 
 
+def test_a_model_that_lies_in_a_run_does_not_take_its_numbers(
+    pyper: Pyper, finished_run: Path, swiglu: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    for name in ("mixture", "other"):
+        if name == "other":
+            shutil.copytree(swiglu, run / name)
+        ended = pyper("export", run / name, "-o", tmp_path / name, "--no-check")
+        assert ended.exit_code == 0, ended.stderr
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("nats per token" in card) == (name == "mixture")
+
+
 def test_the_table_is_for_people(pyper: Pyper, swiglu: Path, tmp_path: Path) -> None:
     ended = pyper("export", swiglu, "-o", tmp_path / "out", "--dtype", "bf16")
     assert ended.exit_code == 0, ended.stderr

@@ -192,7 +192,7 @@ def _write_card(
     needs_code: bool = False,
     gguf_file: str | None = None,
 ) -> None:
-    mixture, run = source.mixture, run_around(source.path)
+    mixture, run = source.mixture, run_around(source.path.resolve())
     config, several = mixture.expert(0).config, mixture.n_experts > 1
     evaluation = evaluation_of(run)
     expert = None if options.expert is None else mixture.settings.experts[0]

@@ -14,8 +14,9 @@ from pyper.stages.folder import read_json
 
 
 def run_around(model: Path) -> Path | None:
-    """The run folder that a model lies in, or is."""
-    return next((p for p in (model, model.parent) if (p / "run.toml").is_file()), None)
+    """The run folder whose mixture a model is; another model that was put into it is not its."""
+    run = model.parent if model.name == "mixture" else model
+    return run if (run / "run.toml").is_file() else None
 
 
 def export_name(model: Path, expert: str | None) -> str:
