@@ -17,6 +17,9 @@ from pyper.generate import SamplingConfig, complete
 from pyper.mixture import Mixture
 
 BYTES = TextTokenizer.bytes_only()
+# What `transformers` calls a cache, by its release.
+_FIELDS = transformers.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 PROMPTS = ("The fox", "a", "def main(arguments):\n    ", "")
 
 
@@ -45,7 +48,7 @@ def stepwise_logits(model: Any, tokens: Tensor, first: int = 5, **options: Any) 
     parts = [out.logits]
     for at in range(first, tokens.shape[1]):
         step = tokens[:, at : at + 1]
-        out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=step, use_cache=True, **{CACHE: getattr(out, CACHE)})
         parts.append(out.logits)
     return torch.cat(parts, dim=1)
 

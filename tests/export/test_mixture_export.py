@@ -11,6 +11,7 @@ from torch import Tensor
 
 from export.small_exports import (
     BYTES,
+    CACHE,
     PROMPTS,
     generate_without_pyper,
     greedy_by_engine,
@@ -187,8 +188,8 @@ def test_a_text_goes_on_from_its_cache(tmp_path: Path) -> None:
     more = model.generate(
         first.sequences,
         attention_mask=torch.cat([mask, mask.new_ones(2, 6)], dim=1),
-        past_key_values=first.past_key_values,
         max_new_tokens=6,
+        **{CACHE: getattr(first, CACHE)},
         **options,
     )
     whole = model.generate(**left_padded(PROMPTS[:2]), max_new_tokens=12, **options)

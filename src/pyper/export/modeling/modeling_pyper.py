@@ -7,7 +7,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_pyper import PyperConfig
-from .pyper_layers import Decoder, History, KeyValues
+from .pyper_layers import CACHE, Decoder, History, KeyValues
 
 
 class TextCache(KeyValues):
@@ -49,12 +49,15 @@ class PyperForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: TextCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of input_ids (B, T), which follow what the cache holds.
 
         Each row is one text; padding (on either side) is where the attention mask is 0.
         """
-        cache = TextCache() if use_cache and past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = TextCache()
         history = History.of(input_ids, attention_mask, cache and cache.history)
         states = self.decoder.states(history, input_ids.shape[1], cache)
         if cache is not None:
@@ -63,7 +66,7 @@ class PyperForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return out if return_dict else out.to_tuple()
 
     def get_input_embeddings(self):
@@ -74,13 +77,14 @@ class PyperForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, cache=None, **kwargs
     ):
-        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        read = 0 if cache is None else cache.get_seq_length()
         return {
             "input_ids": input_ids[:, read:],
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": kwargs.get("use_cache", True),
             "logits_to_keep": 1,
         }
