@@ -13,7 +13,7 @@ from .pyper_layers import CACHE, Decoder, History, KeyValues
 class TextCache(KeyValues):
     """Keys, values and the tokens they belong to."""
 
-    is_compileable = False  # `generate` asks
+    is_compileable, is_linear = False, (False,)  # `generate` asks
 
     def __init__(self) -> None:
         super().__init__()

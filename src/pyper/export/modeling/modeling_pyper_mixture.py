@@ -33,7 +33,7 @@ class Reader:
 class MixtureCache:
     """What the experts and the router remember of the texts, and what is known of the experts."""
 
-    is_compileable = False  # `generate` asks
+    is_compileable, is_linear = False, (False,)  # `generate` asks
 
     def __init__(self, n_experts: int, n_routers: int) -> None:
         self.history: History | None = None
