@@ -29,9 +29,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
-        step = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        # One product with its sum: a quarter less time in bf16 on a CPU, and one rounding less.
-        x = torch.baddbmm(x, step, x, beta=_A)
+        x = _A * x + torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C) @ x
     result: Tensor = (x.mT if tall else x).to(matrices.dtype)
     return result
 
