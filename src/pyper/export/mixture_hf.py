@@ -95,7 +95,7 @@ def _write(folder: Path, kind: str, config: dict[str, Any], bos_id: int, dtype: 
     }
     for file, values in (("config.json", whole), ("generation_config.json", ids)):
         (folder / file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    shared = ("pyper_layers.py", "pyper_feed_forward.py")
+    shared = ("pyper_generation.py", "pyper_layers.py", "pyper_feed_forward.py")
     for file in (f"configuration_{module}.py", f"modeling_{module}.py", *shared):
         source = resources.files("pyper.export") / "modeling" / file
         (folder / file).write_bytes(source.read_bytes())

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyper.generate.thin_layers import ThinLayers
 from pyper.generate.usual_layers import UsualLayers
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.nn.rope import rotation
 
 # Batches are filled up to one of these.
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,8 +51,9 @@ class DecodeStep:
         self._inputs = torch.zeros(batch, 2 + n_pages, dtype=torch.long, device=model.device)
         if thin is None:
             thin = not compiled and ThinLayers.pay_for(model, batch)
-        given = (model.config, n_pages * PAGE_TOKENS, model.device)
-        self._layers = ThinLayers(*given) if thin else UsualLayers(*given, compiled=compiled)
+        every, c = torch.arange(n_pages * PAGE_TOKENS, device=model.device), model.config
+        cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
+        self._layers = ThinLayers(cos, sin) if thin else UsualLayers(cos, sin, compiled=compiled)
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             self._record(model, pool)

@@ -16,16 +16,14 @@ from pyper.nn.attention import Attention
 from pyper.nn.block import Block
 from pyper.nn.feed_forward import FeedForward
 from pyper.nn.norm import RMSNorm
-from pyper.nn.rope import rotation
 
 
 class ThinLayers:
     """The same function as `UsualLayers`, of blocks whose norms come first."""
 
-    def __init__(self, config: ExpertConfig, n_positions: int, device: torch.device) -> None:
-        every = torch.arange(n_positions, device=device)
-        turns = rotation(every, config.dim_per_head, config.rope_theta, config.rope_scaling)
-        self._cos, self._sin = (turn.contiguous() for turn in turns)
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        """cos, sin: (S, K), of every position."""
+        self._cos, self._sin = cos, sin
         # A layer without positions turns by nothing.
         self._ones, self._zeros = torch.ones_like(self._cos), torch.zeros_like(self._sin)
 

@@ -7,12 +7,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pyper.config import ExpertConfig
 from pyper.kernels import paged_attention
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.attention import Attention
 from pyper.nn.block import Block
-from pyper.nn.rope import rotation
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 
@@ -20,12 +18,9 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 class UsualLayers:
     """Blocks as they are, with attention to the pages between their halves."""
 
-    def __init__(
-        self, config: ExpertConfig, n_positions: int, device: torch.device, *, compiled: bool
-    ) -> None:
-        every = torch.arange(n_positions, device=device)
-        turns = rotation(every, config.dim_per_head, config.rope_theta, config.rope_scaling)
-        self._cos, self._sin = (turn.unsqueeze(-2) for turn in turns)
+    def __init__(self, cos: Tensor, sin: Tensor, *, compiled: bool) -> None:
+        """cos, sin: (S, K), of every position."""
+        self._cos, self._sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         self._before = _compiled(before) if compiled else before
         self._after = _compiled(after) if compiled else after
         self._last = _compiled(last) if compiled else last

@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_pyper_mixture import PyperMixtureConfig
-from .pyper_layers import CACHE, Decoder, History, KeyValues
+from .pyper_generation import OwnCacheGenerationMixin, TextMemory
+from .pyper_layers import Decoder, History, KeyValues
 
 
 class Reader:
@@ -30,27 +31,21 @@ class Reader:
         self.last = None if self.last is None else self.last[rows.to(self.last.device)]
 
 
-class MixtureCache:
+class MixtureCache(TextMemory):
     """What the experts and the router remember of the texts, and what is known of the experts."""
 
-    is_compileable, is_linear = False, (False,)  # `generate` asks
-
     def __init__(self, n_experts: int, n_routers: int) -> None:
-        self.history: History | None = None
+        super().__init__()
         self.experts = [Reader() for _ in range(n_experts)]
         self.routers = [Reader() for _ in range(n_routers)]
         self.evidence: Tensor | None = None  # (B, E) float64, tempered log-likelihoods
         self.routed: Tensor | None = None  # (B, E) float64, the router's scores of the prefix
         self.live: Tensor | None = None  # (B, E), experts that may still be needed
 
-    def get_seq_length(self) -> int:
-        return 0 if self.history is None else self.history.tokens.shape[1]
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row i goes on from row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
         for reader in (*self.experts, *self.routers):
             reader.select(beam_idx)
-        self.history = History(self.history.tokens[beam_idx], self.history.real[beam_idx])
         self.evidence, self.live = self.evidence[beam_idx], self.live[beam_idx]
         self.routed = None if self.routed is None else self.routed[beam_idx]
 
@@ -63,12 +58,11 @@ class UnigramRouter(nn.Module):
         self.log_probs = nn.Parameter(torch.zeros(n_experts, vocab_size), requires_grad=False)
 
 
-class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
+class PyperMixtureForCausalLM(PreTrainedModel, OwnCacheGenerationMixin):
     """E experts and a router as one causal language model."""
 
     config_class = PyperMixtureConfig
     _keep_in_fp32_modules_strict: ClassVar = {"state", "unigram"}
-    _is_stateful = True  # the cache cannot go back: no assisted decoding
 
     def __init__(self, config: PyperMixtureConfig) -> None:
         super().__init__(config)
@@ -108,11 +102,7 @@ class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
             cache.history = history
         wide = log_weights.to(log_probs[0])  # (B, T, E)
         logits = torch.logsumexp(wide[..., None] + torch.stack(log_probs, dim=2), dim=2)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-        return out if return_dict else out.to_tuple()
+        return self.output(logits, labels, cache, return_dict)
 
     def _read(self, history, tokens, cache, n_keep) -> tuple[list[Tensor], Tensor]:
         """Every expert's log-probabilities (B, T, V) of the next tokens, the last `n_keep` of them
@@ -196,23 +186,6 @@ class PyperMixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self):
         return self.experts[0].embedding
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, cache=None, **kwargs
-    ):
-        cache = past_key_values if cache is None else cache
-        read = 0 if cache is None else cache.get_seq_length()
-        return {
-            "input_ids": input_ids[:, read:],
-            "attention_mask": attention_mask,
-            CACHE: cache,
-            "use_cache": kwargs.get("use_cache", True),
-            "logits_to_keep": 1,
-        }
 
 
 def _read_one(

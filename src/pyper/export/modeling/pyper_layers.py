@@ -8,13 +8,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .pyper_feed_forward import FeedForward, SparseFeedForward, wide_linear
-
-# What `transformers` calls what a model remembers of a text: `cache` from release 5.24 on.
-_FIELDS = CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 class History:
