@@ -18,6 +18,12 @@ from pyper.train.step import StepResult, train_step
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.fixture(autouse=True)
+def slow_steps_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what is tested would depend on how busy the machine is."""
+    monkeypatch.setattr("pyper.train.recorded_step._LONG_STEP", float("inf"))
+
+
 def parts_of_step(step: int, n_parts: int = 2) -> list[Batch]:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(257, (6, SEQ_LEN + 1), generator=generator)
