@@ -1,12 +1,17 @@
 """Expert choice and its inverse index."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.on_triton import kernels, needs_triton, poisoned, random, random_index
+from kernels.on_triton import DEVICE, kernels, needs_triton, poisoned, random, random_index
 from pyper.kernels import Choice, choice, choose, slots_of, slots_of_torch
 
 
@@ -35,13 +40,99 @@ def test_each_expert_takes_its_highest_scores(capacity: int) -> None:
     check(choose(scores, capacity), scores, capacity)
 
 
+def highest(scores: Tensor, capacity: int) -> Choice:
+    """By a stable sort: the first of equal scores, places in the order of tokens."""
+    ordered = scores.T.sort(dim=-1, descending=True, stable=True)
+    index = ordered.indices[:, :capacity].sort(dim=-1).values
+    return Choice(index, slots_of_torch(index, len(scores)), ordered.values[:, capacity - 1])
+
+
+def compare(scores: Tensor, capacity: int) -> None:
+    """To the last bit, NaN included."""
+    with kernels(), poisoned():
+        picked = choose(scores, capacity)
+    expected = highest(scores, capacity)
+    assert torch.equal(picked.token_index, expected.token_index)
+    assert torch.equal(picked.slots, expected.slots)
+    assert picked.slots.dtype == torch.int32
+    assert torch.allclose(picked.kth_score, expected.kth_score, rtol=0, atol=0, equal_nan=True)
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, torch.inf, -torch.inf, torch.nan, -torch.nan]
+
+
+def scores_of(kind: str, N: int, E: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(N, E, generator=generator)
+    drawn = torch.randint(len(SPECIAL), (N, E), generator=generator)
+    if kind == "gates":
+        scores = (4 * scores).softmax(dim=-1)
+    elif kind == "ties":
+        scores = scores.round()
+    elif kind == "padding":
+        scores[drawn[:, 0] < 7] = -torch.inf
+    elif kind == "special":
+        scores = torch.tensor(SPECIAL)[drawn]
+    return scores.to(DEVICE)
+
+
+KINDS = ["random", "gates", "ties", "padding", "special"]
+
+
 @needs_triton
-@settings(max_examples=10, deadline=None)
-@given(N=st.integers(1, 40), E=st.integers(1, 64), share=st.floats(0.01, 1), seed=st.integers(0, 9))
-def test_the_kernel_inverts_any_choice(N: int, E: int, share: float, seed: int) -> None:
-    scores, capacity = random(N, E, seed=seed), max(1, int(share * N))
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    N=st.integers(1, 300),
+    E=st.integers(1, 70),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_the_kernels_choose_as_a_stable_sort(
+    kind: str, N: int, E: int, share: float, seed: int
+) -> None:
+    compare(scores_of(kind, N, E, seed), max(1, int(share * N)))
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("N", "E"), [(1, 1), (1025, 1), (1500, 8), (20, 70)])
+def test_one_token_and_all(N: int, E: int, kind: str) -> None:
+    for capacity in (1, N):
+        compare(scores_of(kind, N, E, 1), capacity)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_tokens_than_one_program_holds(kind: str) -> None:
+    N = choice.HELD + 8192 + 100
+    compare(scores_of(kind, N, 2, 3), N // 3)
+
+
+@needs_triton
+def test_the_kernels_choose_once_for_all_views_and_types() -> None:
+    scores = random(90, 6)
     with kernels():
-        check(choose(scores, capacity), scores, capacity)
+        plain, turned = choose(scores, 20), choose(scores.T.contiguous().T, 20)
+        narrow = choose(scores.bfloat16(), 20)
+    assert torch.equal(plain.token_index, turned.token_index)
+    assert torch.equal(plain.slots, turned.slots)
+    assert narrow.kth_score.dtype == torch.bfloat16
+    assert narrow.token_index.shape == (6, 20)
+
+
+@needs_triton
+def test_what_compilers_are_told_of_the_operator_is_true() -> None:
+    with kernels():
+        torch.library.opcheck(choice.choose_highest, (random(9, 3), 4))
+
+
+@needs_triton
+@pytest.mark.parametrize("share", [0.01, 0.5, 1])
+def test_the_kernel_inverts_any_choice(share: float) -> None:
+    index = random_index(300, 5, int(share * 300))
+    with kernels():
+        assert torch.equal(slots_of(index, 300), slots_of_torch(index, 300))
 
 
 @needs_triton
@@ -65,3 +156,71 @@ def test_a_choice_has_no_gradient() -> None:
     picked = choose(random(8, 2).requires_grad_(), 3)
     assert not picked.kth_score.requires_grad
     assert torch.equal(picked.slots, slots_of(picked.token_index, 8))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("N", "E"), [(32_768, 8), (131_072, 64), (100_001, 7), (1_000_000, 8)])
+def test_kernels_choose_as_a_stable_sort_at_real_sizes(N: int, E: int, kind: str) -> None:
+    compare(scores_of(kind, N, E, 2), max(1, N // E))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@needs_triton
+def test_a_cuda_graph_chooses_anew() -> None:
+    scores = random(40_000, 8)
+    choose(scores, 5000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        picked = choose(scores, 5000)
+    scores.copy_(random(40_000, 8, seed=1))
+    graph.replay()
+    assert torch.equal(picked.token_index, highest(scores, 5000).token_index)
+
+
+BUILD = """
+import importlib, re, subprocess, sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module = importlib.import_module("pyper.kernels.choice")
+folder = Path(sys.argv[1])
+assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+TYPES = {"scores_ptr": "*fp32", "kth_ptr": "*fp32", "index_ptr": "*i64"}
+
+def check(name, warps, whole, **constants):
+    kernel = getattr(module, name)
+    plain = {n: "i32" for n in ("N", "C", "width")}
+    types = {n: (plain | TYPES).get(n, "*i32") for n in kernel.arg_names}
+    signature = types | {n: "constexpr" for n in constants}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if "*" in signature[n] or n == "width" or (whole and signature[n] == "i32")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert built.metadata.shared <= 227 * 1024, name
+    (folder / "kernel.ptx").write_text(built.asm["ptx"])
+    said = subprocess.run(
+        [assembler, "-v", "--gpu-name", "sm_90a", folder / "kernel.ptx", "-o", folder / "kernel"],
+        check=True, capture_output=True, text=True).stderr
+    assert re.findall(r"(\\d+) bytes spill", said) == ["0", "0"], (name, constants, said)
+
+for whole in (True, False):
+    for E, chunk, block_e in ((1, 1024, 1), (8, 512, 8), (64, 64, 64), (100, 64, 64)):
+        for name in ("_write_keys", "_place"):
+            check(name, 4, whole, E=E, CHUNK=chunk, BLOCK_E=block_e)
+    for block, steps in ((32768, 1), (8192, 1), (8192, 16)):
+        check("_find_kth", min(block // 512, 32), whole, BLOCK=block, STEPS=steps, CHUNK=64)
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_build_for_a_large_gpu_and_keep_to_their_registers(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], check=True, env=environment)
