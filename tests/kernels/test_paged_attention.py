@@ -167,7 +167,7 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     tensors, pages, positions = case((2, 4, 2, 16), [3, 17], torch.float32)
     module = importlib.import_module("pyper.kernels.paged_attention")
     with kernels():
-        given = (*tensors, pages, positions, PAGE, None, None, None, None, 0.0)
+        given = (*tensors, pages, positions, PAGE, None, None, None, None, 0.0, False)
         torch.library.opcheck(module._paged_attention_op, given)
 
 
@@ -190,10 +190,10 @@ def build(kernel, types, constants, warps):
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
-shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 1, "BLOCK_S": 64, "BLOCK_K": 128}
-shape |= {"HAS_TURN": True, "HAS_NORM": True}
+shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 1, "BLOCK_S": 16, "BLOCK_K": 128}
+shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
 assert "ld.global.v4" in build(module._attend_part, sums | numbers, shape, 4)
-build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128}, 2)
+build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
 """
 
 

@@ -112,7 +112,7 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     module = importlib.import_module("pyper.kernels.thin_linear")
     x, gain = random(2, 32, seed=0, dtype=BF16), random(32, seed=1, dtype=BF16)
     weight = weight_of(32, 32, torch.int8, bias=True)
-    given = (x, weight.weight, weight.scale, weight.bias, gain, 1e-6, "swiglu", None)
+    given = (x, weight.weight, weight.scale, weight.bias, gain, 1e-6, "swiglu", None, False)
     with kernels():
         torch.library.opcheck(module._thin_linear_op, given)
 
@@ -132,12 +132,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module = importlib.import_module("pyper.kernels.thin_linear")
-kernel = module._thin_linear
-
-def build(stored, scaled):
+def build(kernel, stored, scaled, **blocks):
     constants = dict(N=8192, D=2048, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
-                     HAS_BIAS=False, HAS_RESIDUAL=False, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256)
+                     HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True, **blocks)
     absent = {"bias_ptr": None, "residual_ptr": None} | ({} if scaled else {"scale_ptr": None})
     constants |= absent
     types = {"weight_ptr": stored, "scale_ptr": "*fp32", "B": "i32", "eps": "fp32"}
@@ -148,10 +145,16 @@ def build(stored, scaled):
     options = {"num_warps": 4, "num_stages": 4}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
+few = importlib.import_module("pyper.kernels.thin_linear")._thin_linear
+one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
 for stored, scaled in (("*bf16", False), ("*i8", True), ("*fp8e4nv", True)):
-    ptx = build(stored, scaled).asm["ptx"]
+    ptx = build(few, stored, scaled, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16).asm["ptx"]
     assert "cp.async" in ptx, stored  # weights are on their way while others are used
     assert "mma.sync" in ptx or "wgmma" in ptx, stored
+    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait"), stored
+    ptx = build(one, stored, scaled, BLOCK_N=4, BLOCK_D=2048).asm["ptx"]
+    loads = [i for i in range(len(ptx)) if ptx.startswith("ld.global", i)]
+    assert any(i < ptx.index("griddepcontrol.wait") for i in loads), stored  # before it waits
 """
 
 

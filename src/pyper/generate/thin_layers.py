@@ -1,7 +1,8 @@
 """All layers for one token of each of a few texts: five kernels a layer, which stream the weights.
 
 What stands between the products (norms, RoPE, activation, residual) is done inside them: alone each
-would be a launch and a pause of the memory, which is what a token of few texts waits for.
+would be a launch and a pause of the memory, which is what a token of few texts waits for. Each
+kernel begins while the one before it ends: all they read early was written before the first layer.
 """
 
 import torch
@@ -49,7 +50,7 @@ class ThinLayers:
             assert isinstance(block, Block)
             x = self._attend(block, x, store.keys[layer], store.values[layer], positions, pages)
             x = _feed_forward(block, x)
-        logits = thin_linear(x, thin_weight(model.head), norm=_input_norm(model.norm))
+        logits = thin_linear(x, thin_weight(model.head), norm=_input_norm(model.norm), overlap=True)
         return logits.float().log_softmax(dim=-1)
 
     def _attend(
@@ -64,14 +65,15 @@ class ThinLayers:
         attention = block.attention
         assert isinstance(attention, Attention)
         norm = _input_norm(block.attention_norm)
-        parts = thin_linear(x, thin_weight(attention.qkv), norm=norm).split(attention.widths, dim=1)
+        rows = thin_linear(x, thin_weight(attention.qkv), norm=norm, overlap=True)
+        parts = rows.split(attention.widths, dim=1)
         K = keys.shape[-1]
         query, key, value = (part.unflatten(1, (-1, K)) for part in parts)
         turn = self._turn_of(attention)
         mixed = paged_attention(
-            query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn
+            *(query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn), overlap=True
         )
-        return thin_linear(mixed.flatten(1), thin_weight(attention.out), residual=x)
+        return thin_linear(mixed.flatten(1), thin_weight(attention.out), residual=x, overlap=True)
 
     def _turn_of(self, attention: Attention) -> Turn:
         cos, sin = (self._cos, self._sin) if attention.rotates else (self._ones, self._zeros)
@@ -84,8 +86,9 @@ class ThinLayers:
 def _feed_forward(block: Block, x: Tensor) -> Tensor:
     inner, norm = block.feed_forward, _input_norm(block.feed_forward_norm)
     assert isinstance(inner, FeedForward)
-    hidden = thin_linear(x, thin_weight(inner.up), norm=norm, activation=inner.activation)
-    return thin_linear(hidden, thin_weight(inner.down), residual=x)
+    up, down, activation = thin_weight(inner.up), thin_weight(inner.down), inner.activation
+    hidden = thin_linear(x, up, norm=norm, activation=activation, overlap=True)
+    return thin_linear(hidden, down, residual=x, overlap=True)
 
 
 def _input_norm(norm: RMSNorm) -> InputNorm:

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from pyper.kernels import launch
 from pyper.kernels.launch import block_of
+from pyper.kernels.overlap import overlap_options
 
 if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from pyper.kernels.overlap import wait_for_others
+
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
+# Twice that of one head are in registers: those in use and those on their way.
+_BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ def paged_attention(
     positions: Tensor,
     page_tokens: int,
     turn: Turn | None = None,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Store key and value (B, kv_heads, K) of one token per text; what query (B, H, K) reads.
 
@@ -52,6 +59,8 @@ def paged_attention(
     changed in place. pages: (B, n_pages) int64, those of each text in order, `page_tokens` slots
     each; positions: (B,) int64, of the tokens in their texts. turn: None where query and key are
     turned already. The softmax is in float32. Returns (B, H, K) in the type of the query.
+    overlap: read positions, pages and cache while the kernel before still runs; that one must not
+    have written them.
     """
     if not launch.runs_triton(query):
         return paged_attention_torch(
@@ -60,7 +69,8 @@ def paged_attention(
     cos, sin = (turn.cos, turn.sin) if turn else (None, None)
     gains, eps = (turn.gains or (None, None), turn.eps) if turn else ((None, None), 0.0)
     return _paged_attention_op(
-        query, key, value, keys, values, pages, positions, page_tokens, cos, sin, *gains, eps
+        *(query, key, value, keys, values, pages, positions, page_tokens, cos, sin, *gains, eps),
+        overlap,
     )
 
 
@@ -120,6 +130,7 @@ def _paged_attention_op(
     query_gain: Tensor | None,
     key_gain: Tensor | None,
     eps: float,
+    overlap: bool,
 ) -> Tensor:
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
@@ -130,6 +141,7 @@ def _paged_attention_op(
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
     log_sum = query.new_empty(shape, dtype=torch.float32)
+    options = overlap_options(overlap, query.device)
     _attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum),
         *(cos, sin, query_gain, key_gain),
@@ -140,12 +152,14 @@ def _paged_attention_op(
         GROUPS=groups,
         PAGE=page_tokens,
         BLOCK_G=block_g,
-        BLOCK_S=max(64 // block_g, page_tokens),
+        BLOCK_S=_BLOCK_TOKENS,
         BLOCK_K=width,
         num_warps=4,
+        **options,
     )
     if n_parts > 1:
-        _join_parts[(B * H,)](part, log_sum, out, K=K, N_PARTS=n_parts, BLOCK_K=width, num_warps=2)
+        sizes = {"K": K, "N_PARTS": n_parts, "BLOCK_K": width}
+        _join_parts[(B * H,)](*(part, log_sum, out), **sizes, num_warps=2, **options)
     return out
 
 
@@ -164,11 +178,14 @@ def _(
     query_gain: Tensor | None,
     key_gain: Tensor | None,
     eps: float,
+    overlap: bool,
 ) -> Tensor:
     return query.new_empty(query.shape)
 
 
 if launch.HAS_TRITON:
+    # Below every score, and finite: it can be subtracted from itself.
+    LOWEST = tl.constexpr(-1e30)
 
     @triton.jit
     def _read_heads(
@@ -202,6 +219,28 @@ if launch.HAS_TRITON:
         return x
 
     @triton.jit
+    def _read_block(
+        keys_ptr,
+        values_ptr,
+        pages_ptr,
+        h,
+        n_kv_heads,
+        d,
+        first,
+        past,
+        K: tl.constexpr,
+        PAGE: tl.constexpr,
+        BLOCK_S: tl.constexpr,
+    ):
+        """Keys and values (BLOCK_S, BLOCK_K) of a text from `first` on, up to `past`."""
+        s = first + tl.arange(0, BLOCK_S)
+        page = tl.load(pages_ptr + s // PAGE, mask=s < past, other=0)
+        at = ((page * PAGE + s % PAGE) * n_kv_heads + h)[:, None] * K + d[None, :]
+        there = (s < past)[:, None] & (d < K)[None, :]
+        key = tl.load(keys_ptr + at, mask=there, other=0.0)
+        return key, tl.load(values_ptr + at, mask=there, other=0.0)
+
+    @triton.jit
     def _attend_part(
         query_ptr,
         key_ptr,
@@ -230,6 +269,7 @@ if launch.HAS_TRITON:
         BLOCK_G: tl.constexpr,
         BLOCK_S: tl.constexpr,
         BLOCK_K: tl.constexpr,
+        OVERLAP: tl.constexpr = False,
     ):
         b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
@@ -239,6 +279,13 @@ if launch.HAS_TRITON:
         per_part = tl.cdiv(tl.cdiv(position + 1, BLOCK_S), n_parts) * BLOCK_S
         start = part * per_part
         end = tl.minimum(start + per_part, position + 1)
+        past = tl.minimum(end, position)  # the new token is not in the cache yet
+        pages_ptr += b * pages_stride
+        key, value = _read_block(
+            *(keys_ptr, values_ptr, pages_ptr, h, n_kv_heads, d, start, past),
+            *(K, PAGE, BLOCK_S),
+        )
+        wait_for_others(OVERLAP)
         row = (b * n_kv_heads + h) * GROUPS + g  # of the queries, in (B · H)
         in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
         at_query = b * query_stride + (h * GROUPS + g) * K
@@ -254,39 +301,41 @@ if launch.HAS_TRITON:
         new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
         at_value = b * value_stride + h * K + d
         new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0)
-        highest = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_G,), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
+        # Each place in a block has a softmax of its own; they meet once, behind the loop.
+        highest = tl.full((BLOCK_G, BLOCK_S), LOWEST, dtype=tl.float32)
+        total = tl.zeros((BLOCK_G, BLOCK_S), dtype=tl.float32)
+        mixed = tl.zeros((BLOCK_G, BLOCK_S, BLOCK_K), dtype=tl.float32)
         block = start
         while block < end:
             s = block + tl.arange(0, BLOCK_S)
-            page = tl.load(pages_ptr + b * pages_stride + s // PAGE, mask=s < end, other=0)
-            at = ((page * PAGE + s % PAGE) * n_kv_heads + h)[:, None] * K + d[None, :]
-            # The new token is not in the cache yet.
-            there = (s < tl.minimum(end, position))[:, None] & (d < K)[None, :]
             is_new = (s == position)[:, None]
-            key = tl.load(keys_ptr + at, mask=there, other=0.0)
-            key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
-            scores = tl.sum(query[:, None, :] * key[None, :, :], axis=2)  # (G, S)
-            scores = tl.where((s < end)[None, :], scores, float("-inf"))
-            now = tl.maximum(highest, tl.max(scores, axis=1))
-            weights = tl.exp(scores - now[:, None])
-            shrink = tl.exp(highest - now)
-            value = tl.load(values_ptr + at, mask=there, other=0.0)
-            value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
-            mixed = mixed * shrink[:, None]
-            mixed += tl.sum(weights[:, :, None] * value[None, :, :], axis=1)
-            total = total * shrink + tl.sum(weights, axis=1)
-            highest = now
+            this_key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
+            this_value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
             block += BLOCK_S
+            key, value = _read_block(  # on their way meanwhile
+                *(keys_ptr, values_ptr, pages_ptr, h, n_kv_heads, d, block, past),
+                *(K, PAGE, BLOCK_S),
+            )
+            scores = tl.sum(query[:, None, :] * this_key[None, :, :], axis=2)  # (G, S)
+            scores = tl.where((s < end)[None, :], scores, float("-inf"))
+            now = tl.maximum(highest, scores)
+            weights = tl.exp(scores - now)
+            shrink = tl.exp(highest - now)
+            mixed = mixed * shrink[:, :, None] + weights[:, :, None] * this_value[None, :, :]
+            total = total * shrink + weights
+            highest = now
+        most = tl.max(highest, axis=1)
+        shrink = tl.exp(highest - most[:, None])
+        total = tl.sum(total * shrink, axis=1)
+        mixed = tl.sum(mixed * shrink[:, :, None], axis=1)
         if (start <= position) & (position < end):
-            page = tl.load(pages_ptr + b * pages_stride + position // PAGE)
+            page = tl.load(pages_ptr + position // PAGE)
             at = ((page * PAGE + position % PAGE) * n_kv_heads + h) * K + d
             tl.store(keys_ptr + at, new_key, mask=d < K)
             tl.store(values_ptr + at, new_value, mask=d < K)
         nothing = total == 0
         mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
-        log_sum = tl.where(nothing, float("-inf"), highest + tl.log(tl.where(nothing, 1.0, total)))
+        log_sum = tl.where(nothing, float("-inf"), most + tl.log(tl.where(nothing, 1.0, total)))
         out = row * n_parts + part
         tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
         tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
@@ -299,7 +348,9 @@ if launch.HAS_TRITON:
         K: tl.constexpr,
         N_PARTS: tl.constexpr,
         BLOCK_K: tl.constexpr,
+        OVERLAP: tl.constexpr = False,
     ):
+        wait_for_others(OVERLAP)
         row = tl.program_id(0)
         p, d = tl.arange(0, N_PARTS), tl.arange(0, BLOCK_K)
         log_sum = tl.load(log_sum_ptr + row * N_PARTS + p)

@@ -16,12 +16,15 @@ from pyper.config.expert import Activation
 from pyper.kernels import launch
 from pyper.kernels.activation import activate
 from pyper.kernels.launch import block_of
+from pyper.kernels.overlap import overlap_options
+from pyper.kernels.row_linear import linear_of_row
 
 if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
     from pyper.kernels.activation import _value_and_slope
+    from pyper.kernels.overlap import ask_ahead, wait_for_others
 
 MOST_ROWS = 64
 """With more, the product is bound by arithmetic, and a library's is faster."""
@@ -54,16 +57,18 @@ def thin_linear(
     norm: InputNorm | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """residual + activation(weight · norm(x) + bias), (B, N), of x (B, D); without gradient.
 
     SwiGLU's matrix holds the gates' rows, then the values': the result has half as many columns.
+    overlap: read the weight while the kernel before still runs; that one must not have written it.
     """
     if not (launch.runs_triton(x) and x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS):
         return thin_linear_torch(x, weight, norm=norm, activation=activation, residual=residual)
     gain, eps = (norm.gain, norm.eps) if norm else (None, 0.0)
     return _thin_linear_op(
-        x, weight.weight, weight.scale, weight.bias, gain, eps, activation or "", residual
+        x, weight.weight, weight.scale, weight.bias, gain, eps, activation or "", residual, overlap
     )
 
 
@@ -98,10 +103,14 @@ def _thin_linear_op(
     eps: float,
     activation: str,
     residual: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     """All contiguous, x (B, D) bf16."""
     out = _out_of(x, weight, activation)
     (B, D), N = x.shape, out.shape[1]
+    if B == 1:
+        linear_of_row(x, weight, scale, bias, gain, eps, activation, residual, out, overlap)
+        return out
     block_n, block_d, stages, warps = _blocks(N, B)
     _thin_linear[(triton.cdiv(N, block_n),)](
         *(x, weight, scale, bias, gain, residual, out, B, eps),
@@ -115,8 +124,10 @@ def _thin_linear_op(
         BLOCK_B=max(block_of(B, MOST_ROWS), 16),
         BLOCK_N=block_n,
         BLOCK_D=min(block_d, max(block_of(D, 1 << 20), 16)),
+        LINES=_ahead(D * weight.element_size()),
         num_stages=stages,
         num_warps=warps,
+        **overlap_options(overlap, x.device),
     )
     return out
 
@@ -131,6 +142,7 @@ def _(
     eps: float,
     activation: str,
     residual: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     return _out_of(x, weight, activation)
 
@@ -146,6 +158,12 @@ def _blocks(n_outputs: int, n_rows: int) -> tuple[int, int, int, int]:
     """
     block_n = 16 if n_outputs <= 4096 else 32
     return block_n, 256 if n_rows <= 16 else 128, 4, 4
+
+
+def _ahead(row_bytes: int) -> int:
+    """Lines of 128 bytes of each weight row that are asked for before there is a use for them."""
+    lines = max(row_bytes // 128, 1)
+    return min(1 << (lines.bit_length() - 1), 16)
 
 
 if launch.HAS_TRITON:
@@ -186,6 +204,8 @@ if launch.HAS_TRITON:
         BLOCK_B: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        LINES: tl.constexpr,
+        OVERLAP: tl.constexpr = False,
     ):
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         b = tl.arange(0, BLOCK_B)
@@ -195,6 +215,11 @@ if launch.HAS_TRITON:
         sums = tl.zeros((BLOCK_N, BLOCK_B), dtype=tl.float32)
         values = tl.zeros((BLOCK_N, BLOCK_B), dtype=tl.float32)
         squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        if OVERLAP:
+            IN_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+            line = tl.minimum(n, N - 1).to(tl.int64)[:, None] * D
+            ask_ahead(weight_ptr + line + tl.arange(0, LINES)[None, :] * IN_LINE)
+        wait_for_others(OVERLAP)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             inside = (d < D)[:, None] & (b < B)[None, :]
