@@ -5,6 +5,8 @@ prints both. Rows of an expert must fill whole tiles.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +24,8 @@ class Tile:
     warps: int
     stages: int
     depth: int = 64
+    launch: bool = True
+    """Compile only where it is off."""
 
     def __str__(self) -> str:
         return f"{self.rows}×{self.cols}, {self.warps} warps, {self.stages} stages"
@@ -37,7 +41,7 @@ def up_gelu(
     (E, C, D), d_ff = rows.shape, up.shape[1]
     pre, hidden = (rows.new_empty(E, C, d_ff) for _ in range(2))
     out_block = (tile.rows, tile.cols)
-    _up_gelu[(E * (C // tile.rows) * triton.cdiv(d_ff, tile.cols),)](
+    _run(_up_gelu, E * (C // tile.rows) * triton.cdiv(d_ff, tile.cols), tile)(
         _tiles(rows, tile.rows, tile.depth),
         _tiles(up, tile.cols, tile.depth),
         _tiles(pre, *out_block),
@@ -63,7 +67,7 @@ def down_gradient_gelu(
     dpre = torch.empty_like(pre)
     parts = dy.new_empty(triton.cdiv(d_ff, tile.cols), E, C, dtype=torch.float32)
     out_block = (tile.rows, tile.cols // 4)
-    _down_gradient_gelu[(E * (C // tile.rows) * len(parts),)](
+    _run(_down_gradient_gelu, E * (C // tile.rows) * len(parts), tile)(
         _tiles(dy, tile.rows, tile.depth),
         _tiles(down, tile.depth, tile.cols),
         _tiles(pre, *out_block),
@@ -79,6 +83,10 @@ def down_gradient_gelu(
         num_stages=tile.stages,
     )
     return dpre, parts.sum(dim=0)
+
+
+def _run(kernel: Any, programs: int, tile: Tile) -> Any:
+    return kernel[(programs,)] if tile.launch else partial(kernel.warmup, grid=(1,))
 
 
 def _tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
