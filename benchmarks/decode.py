@@ -45,10 +45,12 @@ ROWS = [
     "transformers, static cache, compiled",
     "plain CUDA graph",
     "Pyper",
+    "Pyper, sampled",
+    "Pyper, int8",
+    "Pyper, fp8",
+    "Pyper, two experts",
     "Pyper compiled",
-    "Pyper compiled, sampled",
     "Pyper compiled, int8",
-    "Pyper compiled, fp8",
     "Pyper compiled, two experts",
 ]
 GPU = torch.cuda.is_available()
@@ -313,7 +315,7 @@ def main() -> None:
     for row, numbers in rows(args):
         if "batch 1" in numbers:
             numbers["share"] = numbers["batch 1"] * weight_bytes(args, row) / bandwidth
-        one = results.get("Pyper compiled", {})
+        one = results.get(row.partition(",")[0], {})
         if row.endswith("two experts") and "batch 1" in one and "batch 1" in numbers:
             numbers["ratio"] = one["batch 1"] / numbers["batch 1"] / 2
         results[row] = numbers

@@ -56,18 +56,19 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--capacity", type=float, default=1.0, help="experts per token")
     parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
     return parser.parse_args()
 
 
 def shape_of(args: argparse.Namespace) -> ExpertConfig:
-    sparse = {
-        "kind": "sparse",
-        "sparse": SparseConfig(n_experts=args.experts, capacity_factor=args.capacity),
-    }
+    sparse: dict[str, Any] = {}
+    if args.experts:
+        routing = SparseConfig(n_experts=args.experts, capacity_factor=args.capacity)
+        sparse = {"kind": "sparse", "sparse": routing}
     return ExpertConfig(
-        **(sparse if args.experts else {}),
+        **sparse,
         vocab_size=args.vocabulary,
         seq_len=args.seq_len,
         bos_id=0,
@@ -86,7 +87,8 @@ def batch_of(args: argparse.Namespace, device: str) -> Batch:
 
 
 def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
-    model = Transformer(shape_of(args))
+    with torch.device(device):
+        model = Transformer(shape_of(args))
     init_weights(model, 0)
     if "fp8" in args.row:
         use_fp8(model.blocks)
@@ -122,7 +124,8 @@ def transformers_step(args: argparse.Namespace, device: str, compiled: bool) -> 
         tie_word_embeddings=False,
         attn_implementation="sdpa",
     )
-    model = ArceeForCausalLM(config).to(device, torch.bfloat16).train()
+    with torch.device(device):
+        model = ArceeForCausalLM(config).to(torch.bfloat16).train()
     if compiled:
         for layer in model.model.layers:
             layer.compile()
@@ -153,6 +156,8 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
         start = time.monotonic()
         losses.append(step())
         seconds.append(time.monotonic() - start)
+    if args.profile:
+        print(kernels_of(step), file=sys.stderr)
     speed = args.micro_batch * args.seq_len / median(seconds)
     peak = peak_flops(torch.device(device))
     flops = train_flops_per_token(shape_of(args), args.seq_len)
@@ -163,6 +168,17 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
         "first_five_steps_s": round(ready, 1),
         "losses": [round(x, 4) for x in losses],
     }
+
+
+def kernels_of(step: Step) -> str:
+    """A table of the kernels of one step, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    table: str = profile.key_averages().table(
+        sort_by="self_device_time_total", row_limit=40, max_name_column_width=70
+    )
+    return table
 
 
 def main() -> None:
@@ -179,6 +195,8 @@ def main() -> None:
             results[row] = {"failed": done.stderr.strip().splitlines()[-1:]}
             print(row, done.stderr[-1500:], file=sys.stderr)
             continue
+        if args.profile:
+            print(row, done.stderr, sep="\n")
         result = results[row] = json.loads(done.stdout.splitlines()[-1])
         mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
         memory = "" if result["memory_gb"] is None else f"{result['memory_gb']}"
