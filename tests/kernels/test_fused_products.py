@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.gluon_emulated import Pointer, Tiles, emulated, run
 from kernels.on_triton import error, kernels, limit, needs_triton, poisoned, random, random_index
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -35,20 +36,64 @@ def test_the_simple_trial_matches_float64(monkeypatch: pytest.MonkeyPatch) -> No
     tile = trial.Tile(16, 32, 4, 2, depth=16)
     given = shapes()
     rows, up, down, gates, index = given.values()
-    gate = gates.double().T.gather(1, index).unsqueeze(-1)
-    pre = rows.double() @ up.double().mT
     with kernels(), poisoned():
         got_pre, hidden = trial.up_gelu(rows, up, gates, index, tile)
         dpre, dgates = trial.down_gradient_gelu(rows, down, got_pre, gates, index, tile)
 
-    x = got_pre.double().requires_grad_()
+    matches((got_pre, hidden, dpre, dgates), rows, rows, up, down, gates, index)
+
+
+def matches(
+    got: tuple[Tensor, ...],
+    rows: Tensor,
+    dy: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gates: Tensor,
+    index: Tensor,
+) -> None:
+    """pre, hidden, dpre and the gates' gradients, against float64."""
+    pre, hidden, dpre, dgates = got
+    gate = gates.double().T.gather(1, index).unsqueeze(-1)
+    x = pre.double().requires_grad_()
     value = torch.nn.functional.gelu(x)
-    dhidden = rows.double() @ down.double()
+    dhidden = dy.double() @ down.double()
     (value * gate * dhidden).sum().backward()
-    assert error(got_pre, pre) < limit(BF16)
+    assert error(pre, rows.double() @ up.double().mT) < limit(BF16)
     assert error(hidden, value * gate) < limit(BF16)
     assert error(dpre, x.grad) < limit(BF16)
     assert error(dgates, (dhidden * value).sum(-1)) < limit(BF16)
+
+
+@pytest.mark.parametrize("slices", [4, 8])
+@pytest.mark.parametrize("mode", ["exact", "tanh"])
+def test_the_overlapped_trial_matches_float64(slices: int, mode: str) -> None:
+    """Five programs share eight tiles: some have two, some one."""
+    trial = emulated(BENCHMARKS / "_overlapped_products.py")
+    (E, C, D, d_ff), stages = (2, 256, 1024, 512), 3
+    rows, dy, up, down, gates, index = overlapped_inputs(E, C, D, d_ff)
+    constants = {"E": E, "D": D, "F": d_ff, "STAGES": stages, "GROUP": 8}
+    constants |= {"SLICES": slices, "MODE": mode}
+    pre, hidden, dpre = (torch.full((E * C, d_ff), float("nan"), dtype=BF16) for _ in range(3))
+    parts = torch.full((d_ff // 256, E, C), float("nan"))
+    words = [Tiles(x.view(torch.int32), (64, 128 // slices)) for x in (pre, hidden, dpre)]
+    around = (Pointer(gates), Pointer(index), C)
+
+    tiles = (Tiles(rows.flatten(0, 1), (64, 64)), Tiles(up.flatten(0, 1), (256, 64)))
+    run(trial["_up_gelu"], 5, *tiles, *words[:2], *around, **constants)
+    tiles = (Tiles(dy.flatten(0, 1), (64, 64)), Tiles(down.flatten(0, 1), (64, 256)))
+    given = (*tiles, words[0], words[2], Pointer(parts), *around)
+    run(trial["_down_gradient_gelu"], 5, *given, **constants)
+
+    got = (pre.view(E, C, d_ff), hidden.view(E, C, d_ff), dpre.view(E, C, d_ff), parts.sum(0))
+    matches(got, rows, dy, up, down, gates, index)
+
+
+def overlapped_inputs(E: int, C: int, D: int, d_ff: int) -> tuple[Tensor, ...]:
+    rows, dy = (random(E, C, D, seed=seed, dtype=BF16) for seed in (0, 1))
+    up = random(E, d_ff, D, seed=2, dtype=BF16) / D**0.5
+    down = random(E, D, d_ff, seed=3, dtype=BF16) / D**0.5
+    return rows, dy, up, down, random(300, E, seed=4).softmax(-1), random_index(300, E, C)
 
 
 BUILD = """

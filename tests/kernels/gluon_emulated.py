@@ -1,0 +1,300 @@
+"""Kernels in Triton's lower language where there is no GPU: threads stand in for groups of warps.
+
+What runs by itself on a GPU happens here as late or as oddly as it may: products read their
+operands when someone waits for them, stores when someone waits for their reading, and copies land
+after a while, on a place that was NaN until then. A missing wait shows as a wrong number or as a
+deadlock, which `TIMEOUT` ends. What single threads of a group do is left to the compiler.
+"""
+
+import random
+import re
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TIMEOUT = 60.0
+BYTES = {torch.bfloat16: 2, torch.int32: 4}
+state = threading.local()
+"""Of a thread: its program and number of programs, products that run, stores not yet read."""
+
+
+class Value:
+    """A tensor in registers, with as much of the language's methods as the kernels use."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.shape = tuple(data.shape)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Value":
+        return Value(self.data.view(dtype) if bitcast else self.data.to(dtype))
+
+    def __getitem__(self, at: Any) -> "Value":
+        return Value(self.data[at])
+
+
+def _raw(x: Any) -> Any:
+    return x.data if isinstance(x, Value) else x
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(self: Value, other: Any) -> Any:
+        if isinstance(other, Pointer):
+            return other + self
+        return Value(getattr(self.data, name)(_raw(other)))
+
+    return method
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "lshift", "gt"):
+    setattr(Value, f"__{_name}__", _method(f"__{_name}__"))
+
+
+@dataclass
+class Pointer:
+    data: Tensor
+    at: Any = 0
+
+    def __add__(self, offset: Any) -> "Pointer":
+        return Pointer(self.data, self.at + _raw(offset))
+
+
+@dataclass
+class Tiles:
+    """What the copy engine is told: a matrix and the shape of a tile."""
+
+    data: Tensor
+    block: tuple[int, int]
+    layout: None = None
+
+    def tile(self, at: Sequence[int]) -> Tensor:
+        (row, column), (rows, columns) = at, self.block
+        found = self.data[row : row + rows, column : column + columns]
+        assert tuple(found.shape) == self.block
+        return found
+
+
+@dataclass
+class Shared:
+    data: Any
+
+    def index(self, i: int) -> Any:
+        return Shared(self.data[i]) if isinstance(self.data, Tensor) else self.data[i]
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.data.permute(order))
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.data.clone())
+
+    def store(self, value: Value) -> None:
+        assert not state.stores, "the last store may still read this"
+        self.data.copy_(value.data)
+
+
+@dataclass
+class Barrier:
+    count: int = 0
+    missing: int = 0
+    bytes: int = 0
+    phase: int = 0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def arrive(self, count: int = 1, expected: int = 0) -> None:
+        with self.changed:
+            self.missing -= count
+            assert self.missing >= 0, "more arrive than were announced"
+            self.bytes += expected
+            self._turn()
+
+    def came(self, size: int) -> None:
+        with self.changed:
+            self.bytes -= size
+            self._turn()
+
+    def _turn(self) -> None:
+        if self.missing == 0 and self.bytes == 0:
+            self.phase, self.missing = self.phase + 1, self.count
+            self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            done = self.changed.wait_for(lambda: self.phase & 1 != parity, TIMEOUT)
+            assert done, "nobody comes"
+
+
+def _init(bar: Barrier, count: int) -> None:
+    bar.count = bar.missing = count
+
+
+def _fetch(tiles: Tiles, at: Sequence[int], bar: Barrier, target: Shared) -> None:
+    target.data.fill_(float("nan") if target.data.is_floating_point() else -1)
+    found = tiles.tile(at)
+
+    def land() -> None:
+        time.sleep(random.random() * 2e-3)
+        target.data.copy_(found)
+        bar.came(found.numel() * BYTES[found.dtype])
+
+    threading.Thread(target=land).start()
+
+
+def _send(tiles: Tiles, at: Sequence[int], source: Shared) -> None:
+    state.stores.append((tiles.tile(at), source.data))
+
+
+def _store_wait(pending: int) -> None:
+    while len(state.stores) > pending:
+        target, source = state.stores.pop(0)
+        target.copy_(source)
+
+
+def _mma(a: Shared, b: Shared, acc: Value, use_acc: bool, is_async: bool) -> Value:
+    out = Value(torch.full_like(acc.data, float("nan")))
+
+    def run() -> None:
+        product = a.data.float() @ b.data.float()
+        out.data.copy_(acc.data + product if use_acc else product)
+
+    state.products.append(run)
+    return out
+
+
+def _mma_wait(pending: int, deps: list[Value]) -> Value:
+    while len(state.products) > pending:
+        state.products.pop(0)()
+    return deps[0]
+
+
+def _assembly(text: str, _: str, given: list[Value], *rest: Any) -> Value:
+    if text.startswith("tanh"):
+        return Value(given[0].data.tanh())
+    assert text.startswith("cvt.rn.bf16x2")
+    low, high = (x.data.to(torch.bfloat16).view(torch.int16).to(torch.int32) for x in given)
+    return Value((high << 16) | (low & 0xFFFF))
+
+
+def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], *rest: Any) -> None:
+    failed: list[BaseException] = []
+    where = (state.program, state.programs)
+
+    def run(function: Any, given: tuple[Any, ...]) -> None:
+        _enter(*where)
+        try:
+            function(*given)
+            assert not state.products
+            assert not state.stores
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _enter(program: int, programs: int) -> None:
+    state.program, state.programs = program, programs
+    state.products, state.stores = [], []
+
+
+def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
+    if dtype == "barrier":
+        return Shared([Barrier() for _ in range(shape[0])])
+    return Shared(torch.zeros(shape, dtype=dtype))
+
+
+def _language() -> types.SimpleNamespace:
+    def of(function: Callable[..., Tensor]) -> Callable[..., Value]:
+        return lambda *given, **named: Value(function(*map(_raw, given), **named))
+
+    def split(x: Value) -> tuple[Value, Value]:
+        return Value(x.data[..., 0]), Value(x.data[..., 1])
+
+    def load(pointer: Pointer) -> Value:
+        return Value(pointer.data.flatten()[pointer.at])
+
+    def store(pointer: Pointer, value: Value) -> None:
+        pointer.data.view(-1)[pointer.at] = value.data
+
+    def maximum(x: Any, y: float) -> Value:
+        return Value(_raw(x).clamp(min=y))
+
+    def minimum(x: Any, y: Any) -> Any:
+        return Value(x.data.clamp(max=y)) if isinstance(x, Value) else min(x, y)
+
+    return types.SimpleNamespace(
+        bfloat16=torch.bfloat16,
+        float32=torch.float32,
+        int32=torch.int32,
+        int64="barrier",
+        constexpr=lambda x: x,
+        program_id=lambda _: state.program,
+        num_programs=lambda _: state.programs,
+        static_range=range,
+        arange=lambda low, high, layout: Value(torch.arange(low, high)),
+        zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
+        reshape=of(torch.reshape),
+        permute=of(torch.permute),
+        abs=of(torch.abs),
+        where=of(torch.where),
+        exp2=of(torch.exp2),
+        sum=lambda x, axis: Value(x.data.sum(axis)),
+        convert_layout=lambda x, layout, **named: x,
+        **{f.__name__: f for f in (split, load, store, maximum, minimum)},
+        inline_asm_elementwise=_assembly,
+        allocate_shared_memory=_allocate,
+        warp_specialize=_specialize,
+        NVMMASharedLayout=lambda *given: None,
+        NVMMADistributedLayout=lambda *given: None,
+        SliceLayout=lambda *given: None,
+        DistributedLinearLayout=lambda **given: None,
+    )
+
+
+def emulated(file: Path) -> dict[str, Any]:
+    """The names that `file` defines, its kernels as functions of the values above."""
+    gluon = types.SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f)
+    barriers = types.SimpleNamespace(
+        init=_init,
+        wait=Barrier.wait,
+        expect=lambda bar, size: bar.arrive(1, size),
+        arrive=lambda bar, pred=True: bar.arrive() if pred else None,
+        MBarrierLayout=lambda: None,
+    )
+    copies = types.SimpleNamespace(
+        async_copy_global_to_shared=_fetch,
+        async_copy_shared_to_global=_send,
+        store_wait=_store_wait,
+    )
+    names = {"gluon": gluon, "gl": _language(), "mbarrier": barriers, "tma": copies}
+    names |= {"warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait}
+    names |= {"fence_async_shared": lambda: None, "TensorDescriptor": None}
+    names |= {"_normal_tail": _normal_tail, "__name__": __name__}
+    # its own imports, less those of the language
+    kept = re.sub(
+        r"^from (triton|pyper)\S* import (\([^)]*\)|.*)$", "", file.read_text(), flags=re.M
+    )
+    exec(compile(kept, str(file), "exec"), names)
+    return names
+
+
+def run(kernel: Callable[..., None], programs: int, *given: Any, **constants: Any) -> None:
+    """One program after the other."""
+    for program in range(programs):
+        _enter(program, programs)
+        kernel(*given, **constants)
+
+
+def _normal_tail(x: Value) -> tuple[Value, Value]:
+    size = x.data.abs()
+    return Value(torch.special.ndtr(-size)), Value((-size * size / 2).exp())
