@@ -171,14 +171,14 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernels_of(step: Step) -> str:
-    """A table of the kernels of one step, the longest first."""
+    """The kernels of one step, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    table: str = profile.key_averages().table(
-        sort_by="self_device_time_total", row_limit=40, max_name_column_width=70
-    )
-    return table
+    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
+    rows = [f"{k.self_device_time_total / 1e3:8.2f} ms {k.count:5} × {k.key[:80]}" for k in kernels]
+    total = sum(k.self_device_time_total for k in kernels) / 1e3
+    return "\n".join([f"{total:8.2f} ms in all", *rows[:40]])
 
 
 def main() -> None:
