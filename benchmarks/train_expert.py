@@ -172,9 +172,13 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
 
 def kernels_of(step: Step) -> str:
     """The kernels of one step, the longest first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
+    if not torch.cuda.is_available():
+        return "there is no GPU, and so no kernel"
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+    except RuntimeError as error:  # not everybody may trace
+        return str(error)
     kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
     rows = [f"{k.self_device_time_total / 1e3:8.2f} ms {k.count:5} × {k.key[:80]}" for k in kernels]
     total = sum(k.self_device_time_total for k in kernels) / 1e3
