@@ -39,6 +39,8 @@ class Plan:
     stages: int = 4
     group: int = 8
     """Tile rows that go together through the weight."""
+    rolled: bool = False
+    """Slices in a loop: an eighth of the instructions to fetch, and moves from slice to slice."""
     mode: str = "exact"
     """`tanh` is that of the special unit, 11 bits; `none` leaves GELU out, to see what it costs."""
     launch: bool = True
@@ -47,20 +49,22 @@ class Plan:
     def constants(self) -> dict[str, Any]:
         """What the kernels are compiled for."""
         chosen = {"STAGES": self.stages, "GROUP": self.group, "SLICES": self.slices}
-        return chosen | {"MODE": self.mode}
+        return chosen | {"ROLLED": self.rolled, "MODE": self.mode}
 
     def __str__(self) -> str:
-        return f"overlapped, {self.slices} slices, groups of {self.group}, {self.mode}"
+        rolled = " in a loop" if self.rolled else ""
+        return f"overlapped, {self.slices} slices{rolled}, groups of {self.group}, {self.mode}"
 
 
 PLANS = (
     Plan(8),
-    Plan(8, group=16),
-    Plan(8, mode="tanh"),
-    Plan(8, mode="none"),
+    Plan(8, rolled=True),
+    Plan(8, rolled=True, group=16),
+    Plan(8, rolled=True, mode="tanh"),
+    Plan(8, rolled=True, mode="none"),
     Plan(4),
-    Plan(4, group=16),
-    Plan(4, mode="tanh"),
+    Plan(4, rolled=True),
+    Plan(4, rolled=True, mode="tanh"),
 )
 
 
@@ -71,7 +75,7 @@ def up_gelu(
     pre, hidden = (rows.new_empty(*rows.shape[:2], up.shape[1]) for _ in range(2))
     tiles = [_tiles(rows, 64, 64), _tiles(up, 256, 64)]
     tiles += [_words(x, 128 // plan.slices) for x in (pre, hidden)]
-    _launch(_up_gelu, tiles, (gates, token_index), up.shape[1], plan)
+    _launch(tiles, (gates, gates, token_index), up.shape[1], plan, backward=False)
     return pre, hidden
 
 
@@ -84,19 +88,25 @@ def down_gradient_gelu(
     parts = dy.new_empty(d_ff // 256, E, C, dtype=torch.float32)
     tiles = [_tiles(dy, 64, 64), _tiles(down, 64, 256)]
     tiles += [_words(x, 128 // plan.slices) for x in (pre, dpre)]
-    _launch(_down_gradient_gelu, tiles, (parts, gates, token_index), d_ff, plan)
+    _launch(tiles, (parts, gates, token_index), d_ff, plan, backward=True)
     return dpre, parts.sum(dim=0)
 
 
 def _launch(
-    kernel: Any, tiles: list[TensorDescriptor], tensors: tuple[Tensor, ...], d_ff: int, plan: Plan
+    tiles: list[TensorDescriptor],
+    tensors: tuple[Tensor, ...],
+    d_ff: int,
+    plan: Plan,
+    *,
+    backward: bool,
 ) -> None:
     """One program for each multiprocessor; compiled only where `plan.launch` is off."""
     E, C, D = tiles[0].base.shape
-    run = kernel[(min(_processors(), E * (C // 128) * (d_ff // 256)),)]
+    run = _product[(min(_processors(), E * (C // 128) * (d_ff // 256)),)]
     if not plan.launch:
-        run = partial(kernel.warmup, grid=(1,))
-    run(*tiles, *tensors, C, E=E, D=D, F=d_ff, **plan.constants, num_warps=4)
+        run = partial(_product.warmup, grid=(1,))
+    constants = plan.constants | {"BACKWARD": backward}
+    run(*tiles, *tensors, C, E=E, D=D, F=d_ff, **constants, num_warps=4)
 
 
 @cache
@@ -137,6 +147,11 @@ def _shared(width):
 
 
 @gluon.jit
+def _n_tiles(C, E: gl.constexpr, F: gl.constexpr):
+    return E * (C // ROWS) * (F // COLS)
+
+
+@gluon.jit
 def _place(tile, C, F: gl.constexpr, GROUP: gl.constexpr):
     """Expert, first row and first column of a tile."""
     in_row: gl.constexpr = F // COLS
@@ -154,21 +169,19 @@ def _place(tile, C, F: gl.constexpr, GROUP: gl.constexpr):
 def _fetch(
     a_tiles,
     b_tiles,
-    a,
-    b,
-    ready,
-    free,
+    ring,
     C,
     E: gl.constexpr,
     D: gl.constexpr,
     F: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):
+    """What all tiles of this program need, as far ahead as the ring allows."""
+    a, b, ready, free = ring
     step = 0
-    n_tiles = E * (C // ROWS) * (F // COLS)
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+    for tile in range(gl.program_id(0), _n_tiles(C, E, F), gl.num_programs(0)):
         expert, row, column = _place(tile, C, F, GROUP)
         for k in range(0, D, DEPTH):
             stage = step % STAGES
@@ -177,10 +190,10 @@ def _fetch(
             mbarrier.expect(bar, (ROWS + COLS) * DEPTH * 2)
             tma.async_copy_global_to_shared(a_tiles, [row, k], bar, a.index(2 * stage))
             tma.async_copy_global_to_shared(a_tiles, [row + HALF, k], bar, a.index(2 * stage + 1))
-            if TRANSPOSED:
-                at = [expert * F + column, k]
-            else:
+            if BACKWARD:
                 at = [expert * D + k, column]
+            else:
+                at = [expert * F + column, k]
             tma.async_copy_global_to_shared(b_tiles, at, bar, b.index(stage))
             step += 1
 
@@ -190,25 +203,22 @@ def _multiply(
     acc,
     step,
     first,
-    a,
-    b,
-    ready,
-    free,
+    ring,
     N: gl.constexpr,
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):
     """N steps in depth. The last one is still running on return."""
+    a, b, ready, free = ring
     for _ in range(N):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         weight = b.index(stage)
-        if TRANSPOSED:
+        if not BACKWARD:
             weight = weight.permute((1, 0))
-        acc = warpgroup_mma(
-            a.index(2 * stage + WHICH), weight, acc, use_acc=step > first, is_async=True
-        )
+        rows = a.index(2 * stage + WHICH)
+        acc = warpgroup_mma(rows, weight, acc, use_acc=step > first, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=step > first)
         step += 1
@@ -231,30 +241,22 @@ def _unpair(pair):
 
 
 @gluon.jit
-def _halves(x):
-    """Left and right half of the columns."""
-    x = gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-    return gl.split(gl.permute(x, (0, 2, 1)))
-
-
-@gluon.jit
-def _slice_of(x, s: gl.constexpr, SLICES: gl.constexpr):
-    """The s-th of SLICES equal parts of the columns."""
-    if SLICES == 1:
-        part = x
+def _slices(x, N: gl.constexpr):
+    """N equal parts of the columns, from left to right."""
+    if N == 1:
+        parts = (gl.convert_layout(x, _in_slice(x.shape[1]), assert_trivial=True),)
     else:
-        left, right = _halves(x)
-        if s < SLICES // 2:
-            part = _slice_of(left, s, SLICES // 2)
-        else:
-            part = _slice_of(right, s - SLICES // 2, SLICES // 2)
-    return part
+        halves = gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+        left, right = gl.split(gl.permute(halves, (0, 2, 1)))
+        parts = _slices(left, N // 2) + _slices(right, N // 2)
+    return parts
 
 
 @gluon.jit
-def _packed(acc):
+def _packed(acc, SLICES: gl.constexpr):
+    """The sums as bf16, two in a word, in slices."""
     low, high = gl.split(gl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
-    return _pair(low, high)
+    return _slices(_pair(low, high), SLICES)
 
 
 @gluon.jit
@@ -280,221 +282,28 @@ def _value_and_slope(x, MODE: gl.constexpr):
 
 
 @gluon.jit
-def _gated(x, gate, MODE: gl.constexpr):
-    value, _ = _value_and_slope(x, MODE)
-    return value * gate[:, None]
-
-
-@gluon.jit
-def _activate(
-    packed,
-    gate,
-    row,
-    column,
-    pre_tiles,
-    hidden_tiles,
-    pre,
-    hidden,
-    s: gl.constexpr,
-    SLICES: gl.constexpr,
-    MODE: gl.constexpr,
-):
-    WORDS: gl.constexpr = COLS // SLICES // 2
-    LAYOUT: gl.constexpr = _in_slice(WORDS)
-    x = gl.convert_layout(_slice_of(packed, s, SLICES), LAYOUT, assert_trivial=True)
+def _activate(x, gate, place, tiles, buffers, MODE: gl.constexpr):
+    """Writes a slice of pre and of the hidden rows."""
     low, high = _unpair(x)
-    y = _pair(_gated(low, gate, MODE), _gated(high, gate, MODE))
+    low, _ = _value_and_slope(low, MODE)
+    high, _ = _value_and_slope(high, MODE)
+    y = _pair(low * gate[:, None], high * gate[:, None])
     tma.store_wait(0)
-    pre.store(x)
-    hidden.store(y)
+    buffers[0].store(x)
+    buffers[1].store(y)
     fence_async_shared()
-    at = [row, column // 2 + s * WORDS]
-    tma.async_copy_shared_to_global(pre_tiles, at, pre)
-    tma.async_copy_shared_to_global(hidden_tiles, at, hidden)
-
-
-@gluon.jit
-def _up_and_activate(
-    pre_tiles,
-    hidden_tiles,
-    gates_ptr,
-    index_ptr,
-    a,
-    b,
-    ready,
-    free,
-    pre,
-    hidden,
-    C,
-    WHICH: gl.constexpr,
-    E: gl.constexpr,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-    SLICES: gl.constexpr,
-    MODE: gl.constexpr,
-):
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, _in_slice(COLS // SLICES // 2))
-    STEPS: gl.constexpr = D // DEPTH // SLICES
-    EARLY: gl.constexpr = 1 + WHICH * (STEPS // 2)
-    step = 0
-    acc = gl.zeros((HALF, COLS), gl.float32, SUMS)
-    packed = _packed(acc)
-    gate = gl.zeros((HALF,), gl.float32, ROW)
-    row = 0
-    column = 0
-    rows = gl.arange(0, HALF, ROW)
-    n_tiles = E * (C // ROWS) * (F // COLS)
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        expert, next_row, next_column = _place(tile, C, F, GROUP)
-        next_row += WHICH * HALF
-        token = gl.load(index_ptr + next_row + rows)
-        first = step
-        for s in gl.static_range(SLICES):
-            acc, step = _multiply(acc, step, first, a, b, ready, free, EARLY, WHICH, STAGES, True)
-            if first > 0:
-                _activate(
-                    packed, gate, row, column, pre_tiles, hidden_tiles, pre, hidden, s, SLICES, MODE
-                )
-            acc, step = _multiply(
-                acc, step, first, a, b, ready, free, STEPS - EARLY, WHICH, STAGES, True
-            )
-        gate = gl.load(gates_ptr + token * E + expert)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        packed = _packed(acc)
-        row = next_row
-        column = next_column
-    if step > 0:
-        for s in gl.static_range(SLICES):
-            _activate(
-                packed, gate, row, column, pre_tiles, hidden_tiles, pre, hidden, s, SLICES, MODE
-            )
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _up_gelu(
-    a_tiles,
-    b_tiles,
-    pre_tiles,
-    hidden_tiles,
-    gates_ptr,
-    index_ptr,
-    C,
-    E: gl.constexpr,
-    D: gl.constexpr,
-    F: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-    SLICES: gl.constexpr,
-    MODE: gl.constexpr,
-):
-    WORDS: gl.constexpr = COLS // SLICES // 2
-    a = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, DEPTH], a_tiles.layout)
-    b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLS, DEPTH], b_tiles.layout)
-    out = gl.allocate_shared_memory(gl.int32, [4, HALF, WORDS], _shared(WORDS))
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _up_and_activate,
-                (
-                    pre_tiles,
-                    hidden_tiles,
-                    gates_ptr,
-                    index_ptr,
-                    a,
-                    b,
-                    ready,
-                    free,
-                    out.index(0),
-                    out.index(1),
-                    C,
-                    0,
-                    E,
-                    D,
-                    F,
-                    STAGES,
-                    GROUP,
-                    SLICES,
-                    MODE,
-                ),
-            ),
-            (
-                _up_and_activate,
-                (
-                    pre_tiles,
-                    hidden_tiles,
-                    gates_ptr,
-                    index_ptr,
-                    a,
-                    b,
-                    ready,
-                    free,
-                    out.index(2),
-                    out.index(3),
-                    C,
-                    1,
-                    E,
-                    D,
-                    F,
-                    STAGES,
-                    GROUP,
-                    SLICES,
-                    MODE,
-                ),
-            ),
-            (_fetch, (a_tiles, b_tiles, a, b, ready, free, C, E, D, F, STAGES, GROUP, True)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
-
-
-@gluon.jit
-def _load_pre(pre_tiles, pre, came, row, column, s: gl.constexpr, SLICES: gl.constexpr):
-    WORDS: gl.constexpr = COLS // SLICES // 2
-    mbarrier.expect(came, HALF * WORDS * 4)
-    tma.async_copy_global_to_shared(pre_tiles, [row, column // 2 + s * WORDS], came, pre)
+    tma.async_copy_shared_to_global(tiles[0], place, buffers[0])
+    tma.async_copy_shared_to_global(tiles[1], place, buffers[1])
 
 
 @gluon.jit
 def _differentiate(
-    packed,
-    gate,
-    dot,
-    row,
-    column,
-    next_row,
-    next_column,
-    pre_tiles,
-    dpre_tiles,
-    pre,
-    dpre,
-    came,
-    s: gl.constexpr,
-    SLICES: gl.constexpr,
-    LAST: gl.constexpr,
-    MODE: gl.constexpr,
+    dhidden, gate, dot, s, place, next_place, more, tiles, buffers, came, MODE: gl.constexpr
 ):
-    """Writes a slice of dpre. Returns the sums for the gates; sends for the next slice of pre."""
-    WORDS: gl.constexpr = COLS // SLICES // 2
-    LAYOUT: gl.constexpr = _in_slice(WORDS)
-    dhidden = gl.convert_layout(_slice_of(packed, s, SLICES), LAYOUT, assert_trivial=True)
+    """Writes a slice of dpre and sends for the next one of pre. Returns the sums for the gates."""
     mbarrier.wait(came, s & 1)
-    x = pre.load(LAYOUT)
-    if s + 1 < SLICES:
-        _load_pre(pre_tiles, pre, came, row, column, s + 1, SLICES)
-    elif not LAST:
-        _load_pre(pre_tiles, pre, came, next_row, next_column, 0, SLICES)
+    x = buffers[0].load(dhidden.type.layout)
+    _send_for(tiles[0], next_place, came, buffers[0], more)
     low, high = _unpair(x)
     dlow, dhigh = _unpair(dhidden)
     low, low_slope = _value_and_slope(low, MODE)
@@ -502,26 +311,92 @@ def _differentiate(
     dot += gl.sum(dlow * low + dhigh * high, axis=1)
     y = _pair(dlow * low_slope * gate[:, None], dhigh * high_slope * gate[:, None])
     tma.store_wait(0)
-    dpre.store(y)
+    buffers[1].store(y)
     fence_async_shared()
-    tma.async_copy_shared_to_global(dpre_tiles, [row, column // 2 + s * WORDS], dpre)
+    tma.async_copy_shared_to_global(tiles[1], place, buffers[1])
     return dot
 
 
 @gluon.jit
-def _down_and_differentiate(
-    pre_tiles,
-    dpre_tiles,
+def _send_for(tiles, place, came, buffer, wanted):
+    mbarrier.expect(came, buffer.shape[0] * buffer.shape[1] * 4, pred=wanted)
+    tma.async_copy_global_to_shared(tiles, place, came, buffer, pred=wanted)
+
+
+@gluon.jit
+def _finish(
+    x,
+    gate,
+    dot,
+    s,
+    at,
+    next_at,
+    more,
+    tiles,
+    buffers,
+    came,
+    SLICES: gl.constexpr,
+    MODE: gl.constexpr,
+    BACKWARD: gl.constexpr,
+):
+    """Slice s of the finished tile at `at`, (row, column in words); `more` tiles follow."""
+    WORDS: gl.constexpr = COLS // 2 // SLICES
+    row, word = at
+    place = [row, word + s * WORDS]
+    if BACKWARD:
+        last = s == SLICES - 1
+        next_row, next_word = next_at
+        next_place = [gl.where(last, next_row, row), gl.where(last, next_word, place[1] + WORDS)]
+        wanted = more | (s < SLICES - 1)
+        dot = _differentiate(x, gate, dot, s, place, next_place, wanted, tiles, buffers, came, MODE)
+    else:
+        _activate(x, gate, place, tiles, buffers, MODE)
+    return dot
+
+
+@gluon.jit
+def _round(
+    acc,
+    step,
+    first,
+    ring,
+    x,
+    gate,
+    dot,
+    s,
+    at,
+    next_at,
+    tiles,
+    buffers,
+    came,
+    D: gl.constexpr,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+    SLICES: gl.constexpr,
+    MODE: gl.constexpr,
+    BACKWARD: gl.constexpr,
+):
+    """A share of this tile's products, and slice s of the last tile while some of them run."""
+    STEPS: gl.constexpr = D // DEPTH // SLICES
+    EARLY: gl.constexpr = 1 + WHICH * (STEPS // 2)
+    acc, step = _multiply(acc, step, first, ring, EARLY, WHICH, STAGES, BACKWARD)
+    if first > 0:
+        dot = _finish(
+            x, gate, dot, s, at, next_at, True, tiles, buffers, came, SLICES, MODE, BACKWARD
+        )
+    acc, step = _multiply(acc, step, first, ring, STEPS - EARLY, WHICH, STAGES, BACKWARD)
+    return acc, step, dot
+
+
+@gluon.jit
+def _work(
+    tiles,
+    buffers,
+    came,
     parts_ptr,
     gates_ptr,
     index_ptr,
-    a,
-    b,
-    ready,
-    free,
-    pre,
-    dpre,
-    came,
+    ring,
     C,
     WHICH: gl.constexpr,
     E: gl.constexpr,
@@ -530,91 +405,116 @@ def _down_and_differentiate(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     SLICES: gl.constexpr,
+    ROLLED: gl.constexpr,
     MODE: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, _in_slice(COLS // SLICES // 2))
-    STEPS: gl.constexpr = D // DEPTH // SLICES
-    EARLY: gl.constexpr = 1 + WHICH * (STEPS // 2)
-    step = 0
-    acc = gl.zeros((HALF, COLS), gl.float32, SUMS)
-    packed = _packed(acc)
+    """One of two groups of warps: its 64 rows of each tile."""
+    ROW: gl.constexpr = gl.SliceLayout(1, _in_slice(COLS // 2 // SLICES))
+    free = ring[3]
+    rows = gl.arange(0, HALF, ROW)
+    acc = gl.zeros(
+        (HALF, COLS), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    )
+    parts = _packed(acc, SLICES)
     gate = gl.zeros((HALF,), gl.float32, ROW)
     dot = gl.zeros((HALF,), gl.float32, ROW)
+    step = 0
     row = 0
-    column = 0
-    rows = gl.arange(0, HALF, ROW)
-    n_tiles = E * (C // ROWS) * (F // COLS)
-    for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
+    word = 0
+    for tile in range(gl.program_id(0), _n_tiles(C, E, F), gl.num_programs(0)):
         expert, next_row, next_column = _place(tile, C, F, GROUP)
         next_row += WHICH * HALF
+        next_word = next_column // 2
         token = gl.load(index_ptr + next_row + rows)
         first = step
-        if first == 0:
-            _load_pre(pre_tiles, pre, came, next_row, next_column, 0, SLICES)
-        for s in gl.static_range(SLICES):
-            acc, step = _multiply(acc, step, first, a, b, ready, free, EARLY, WHICH, STAGES, False)
-            if first > 0:
-                dot = _differentiate(
-                    packed,
+        if BACKWARD:
+            _send_for(tiles[0], [next_row, next_word], came, buffers[0], first == 0)
+        if ROLLED:
+            for s in range(SLICES):
+                acc, step, dot = _round(
+                    acc,
+                    step,
+                    first,
+                    ring,
+                    parts[0],
                     gate,
                     dot,
-                    row,
-                    column,
-                    next_row,
-                    next_column,
-                    pre_tiles,
-                    dpre_tiles,
-                    pre,
-                    dpre,
-                    came,
                     s,
+                    (row, word),
+                    (next_row, next_word),
+                    tiles,
+                    buffers,
+                    came,
+                    D,
+                    WHICH,
+                    STAGES,
                     SLICES,
-                    False,
                     MODE,
+                    BACKWARD,
                 )
-            acc, step = _multiply(
-                acc, step, first, a, b, ready, free, STEPS - EARLY, WHICH, STAGES, False
-            )
-        if first > 0:
-            gl.store(parts_ptr + (column // COLS) * (E * C) + row + rows, dot)
+                parts = parts[1:] + parts[:1]
+        else:
+            for s in gl.static_range(SLICES):
+                acc, step, dot = _round(
+                    acc,
+                    step,
+                    first,
+                    ring,
+                    parts[s],
+                    gate,
+                    dot,
+                    s,
+                    (row, word),
+                    (next_row, next_word),
+                    tiles,
+                    buffers,
+                    came,
+                    D,
+                    WHICH,
+                    STAGES,
+                    SLICES,
+                    MODE,
+                    BACKWARD,
+                )
+        if BACKWARD:
+            if first > 0:
+                gl.store(parts_ptr + word // (COLS // 2) * (E * C) + row + rows, dot)
+            dot = gl.zeros((HALF,), gl.float32, ROW)
         gate = gl.load(gates_ptr + token * E + expert)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        packed = _packed(acc)
-        dot = gl.zeros((HALF,), gl.float32, ROW)
+        parts = _packed(acc, SLICES)
         row = next_row
-        column = next_column
+        word = next_word
     if step > 0:
         for s in gl.static_range(SLICES):
-            dot = _differentiate(
-                packed,
+            dot = _finish(
+                parts[s],
                 gate,
                 dot,
-                row,
-                column,
-                0,
-                0,
-                pre_tiles,
-                dpre_tiles,
-                pre,
-                dpre,
-                came,
                 s,
+                (row, word),
+                (0, 0),
+                False,
+                tiles,
+                buffers,
+                came,
                 SLICES,
-                True,
                 MODE,
+                BACKWARD,
             )
-        gl.store(parts_ptr + (column // COLS) * (E * C) + row + rows, dot)
+        if BACKWARD:
+            gl.store(parts_ptr + word // (COLS // 2) * (E * C) + row + rows, dot)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _down_gradient_gelu(
+def _product(
     a_tiles,
     b_tiles,
     pre_tiles,
-    dpre_tiles,
+    out_tiles,
     parts_ptr,
     gates_ptr,
     index_ptr,
@@ -625,38 +525,43 @@ def _down_gradient_gelu(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     SLICES: gl.constexpr,
+    ROLLED: gl.constexpr,
     MODE: gl.constexpr,
+    BACKWARD: gl.constexpr,
 ):
-    WORDS: gl.constexpr = COLS // SLICES // 2
+    """Forward: pre and the hidden rows (out). Backward: dpre (out) of pre, and sums for gates."""
+    WORDS: gl.constexpr = COLS // 2 // SLICES
     a = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF, DEPTH], a_tiles.layout)
-    b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, DEPTH, COLS], b_tiles.layout)
-    buf = gl.allocate_shared_memory(gl.int32, [4, HALF, WORDS], _shared(WORDS))
+    if BACKWARD:
+        b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, DEPTH, COLS], b_tiles.layout)
+    else:
+        b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLS, DEPTH], b_tiles.layout)
+    buffers = gl.allocate_shared_memory(gl.int32, [4, HALF, WORDS], _shared(WORDS))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     came = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
-    mbarrier.init(came.index(0), count=1)
-    mbarrier.init(came.index(1), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(came.index(i), count=1)
     fence_async_shared()
+    tiles = (pre_tiles, out_tiles)
+    ring = (a, b, ready, free)
+    buffers_0 = (buffers.index(0), buffers.index(1))
+    buffers_1 = (buffers.index(2), buffers.index(3))
     gl.warp_specialize(
         [
             (
-                _down_and_differentiate,
+                _work,
                 (
-                    pre_tiles,
-                    dpre_tiles,
+                    tiles,
+                    buffers_0,
+                    came.index(0),
                     parts_ptr,
                     gates_ptr,
                     index_ptr,
-                    a,
-                    b,
-                    ready,
-                    free,
-                    buf.index(0),
-                    buf.index(1),
-                    came.index(0),
+                    ring,
                     C,
                     0,
                     E,
@@ -665,24 +570,21 @@ def _down_gradient_gelu(
                     STAGES,
                     GROUP,
                     SLICES,
+                    ROLLED,
                     MODE,
+                    BACKWARD,
                 ),
             ),
             (
-                _down_and_differentiate,
+                _work,
                 (
-                    pre_tiles,
-                    dpre_tiles,
+                    tiles,
+                    buffers_1,
+                    came.index(1),
                     parts_ptr,
                     gates_ptr,
                     index_ptr,
-                    a,
-                    b,
-                    ready,
-                    free,
-                    buf.index(2),
-                    buf.index(3),
-                    came.index(1),
+                    ring,
                     C,
                     1,
                     E,
@@ -691,10 +593,12 @@ def _down_gradient_gelu(
                     STAGES,
                     GROUP,
                     SLICES,
+                    ROLLED,
                     MODE,
+                    BACKWARD,
                 ),
             ),
-            (_fetch, (a_tiles, b_tiles, a, b, ready, free, C, E, D, F, STAGES, GROUP, False)),
+            (_fetch, (a_tiles, b_tiles, ring, C, E, D, F, STAGES, GROUP, BACKWARD)),
         ],
         [4, 1],
         [240, 24],

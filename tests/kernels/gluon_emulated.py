@@ -31,6 +31,7 @@ class Value:
     def __init__(self, data: Tensor) -> None:
         self.data = data
         self.shape = tuple(data.shape)
+        self.type = types.SimpleNamespace(layout=None)
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Value":
         return Value(self.data.view(dtype) if bitcast else self.data.to(dtype))
@@ -84,6 +85,10 @@ class Tiles:
 class Shared:
     data: Any
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
     def index(self, i: int) -> Any:
         return Shared(self.data[i]) if isinstance(self.data, Tensor) else self.data[i]
 
@@ -133,7 +138,11 @@ def _init(bar: Barrier, count: int) -> None:
     bar.count = bar.missing = count
 
 
-def _fetch(tiles: Tiles, at: Sequence[int], bar: Barrier, target: Shared) -> None:
+def _fetch(
+    tiles: Tiles, at: Sequence[int], bar: Barrier, target: Shared, pred: bool = True
+) -> None:
+    if not pred:
+        return
     target.data.fill_(float("nan") if target.data.is_floating_point() else -1)
     found = tiles.tile(at)
 
@@ -229,6 +238,11 @@ def _language() -> types.SimpleNamespace:
     def maximum(x: Any, y: float) -> Value:
         return Value(_raw(x).clamp(min=y))
 
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(condition, Value):
+            return Value(torch.where(condition.data, _raw(x), _raw(y)))
+        return x if condition else y
+
     def minimum(x: Any, y: Any) -> Any:
         return Value(x.data.clamp(max=y)) if isinstance(x, Value) else min(x, y)
 
@@ -246,11 +260,10 @@ def _language() -> types.SimpleNamespace:
         reshape=of(torch.reshape),
         permute=of(torch.permute),
         abs=of(torch.abs),
-        where=of(torch.where),
         exp2=of(torch.exp2),
         sum=lambda x, axis: Value(x.data.sum(axis)),
         convert_layout=lambda x, layout, **named: x,
-        **{f.__name__: f for f in (split, load, store, maximum, minimum)},
+        **{f.__name__: f for f in (split, load, store, where, maximum, minimum)},
         inline_asm_elementwise=_assembly,
         allocate_shared_memory=_allocate,
         warp_specialize=_specialize,
@@ -267,7 +280,7 @@ def emulated(file: Path) -> dict[str, Any]:
     barriers = types.SimpleNamespace(
         init=_init,
         wait=Barrier.wait,
-        expect=lambda bar, size: bar.arrive(1, size),
+        expect=lambda bar, size, pred=True: bar.arrive(1, size) if pred else None,
         arrive=lambda bar, pred=True: bar.arrive() if pred else None,
         MBarrierLayout=lambda: None,
     )

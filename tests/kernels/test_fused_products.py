@@ -66,24 +66,24 @@ def matches(
 
 
 @pytest.mark.parametrize("slices", [4, 8])
-@pytest.mark.parametrize("mode", ["exact", "tanh"])
-def test_the_overlapped_trial_matches_float64(slices: int, mode: str) -> None:
+@pytest.mark.parametrize(("rolled", "mode"), [(False, "exact"), (True, "exact"), (True, "tanh")])
+def test_the_overlapped_trial_matches_float64(slices: int, rolled: bool, mode: str) -> None:
     """Five programs share eight tiles: some have two, some one."""
     trial = emulated(BENCHMARKS / "_overlapped_products.py")
     (E, C, D, d_ff), stages = (2, 256, 1024, 512), 3
     rows, dy, up, down, gates, index = overlapped_inputs(E, C, D, d_ff)
     constants = {"E": E, "D": D, "F": d_ff, "STAGES": stages, "GROUP": 8}
-    constants |= {"SLICES": slices, "MODE": mode}
+    constants |= {"SLICES": slices, "ROLLED": rolled, "MODE": mode}
     pre, hidden, dpre = (torch.full((E * C, d_ff), float("nan"), dtype=BF16) for _ in range(3))
     parts = torch.full((d_ff // 256, E, C), float("nan"))
     words = [Tiles(x.view(torch.int32), (64, 128 // slices)) for x in (pre, hidden, dpre)]
-    around = (Pointer(gates), Pointer(index), C)
+    around = (Pointer(parts), Pointer(gates), Pointer(index), C)
 
     tiles = (Tiles(rows.flatten(0, 1), (64, 64)), Tiles(up.flatten(0, 1), (256, 64)))
-    run(trial["_up_gelu"], 5, *tiles, *words[:2], *around, **constants)
+    run(trial["_product"], 5, *tiles, *words[:2], *around, BACKWARD=False, **constants)
     tiles = (Tiles(dy.flatten(0, 1), (64, 64)), Tiles(down.flatten(0, 1), (64, 256)))
-    given = (*tiles, words[0], words[2], Pointer(parts), *around)
-    run(trial["_down_gradient_gelu"], 5, *given, **constants)
+    given = (*tiles, words[0], words[2], *around)
+    run(trial["_product"], 5, *given, BACKWARD=True, **constants)
 
     got = (pre.view(E, C, d_ff), hidden.view(E, C, d_ff), dpre.view(E, C, d_ff), parts.sum(0))
     matches(got, rows, dy, up, down, gates, index)
@@ -102,9 +102,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 import _overlapped_products as trial
 
-def build(kernel, plan, b_shape):
+def build(plan, b_shape, backward):
     tiles, words = trial._TILE_LAYOUT, trial._shared(128 // plan.slices)
-    constants = dict(E=8, D=2048, F=8192, **plan.constants)
+    kernel = trial._product
+    constants = dict(E=8, D=2048, F=8192, BACKWARD=backward, **plan.constants)
     def described(kind, shape, layout):
         return f"tensordesc<{kind}[{shape[0]}, {shape[1]}],{layout!r}>"
     types = {"a_tiles": described("bf16", (64, 64), tiles), "C": "i32",
@@ -118,8 +119,8 @@ def build(kernel, plan, b_shape):
     source = GluonASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
-for kernel, b_shape in ((trial._up_gelu, (256, 64)), (trial._down_gradient_gelu, (64, 256))):
-    built = build(kernel, trial.PLANS[0], b_shape)
+for b_shape, backward in (((256, 64), False), ((64, 256), True)):
+    built = build(trial.PLANS[1], b_shape, backward)
     assert built.metadata.shared <= 227 * 1024
     for part in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
         assert part in built.asm["ptx"], part
