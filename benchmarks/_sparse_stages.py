@@ -52,6 +52,7 @@ def _router_and_rows(x: Tensor, router: Tensor, capacity: int) -> Iterator[Stage
     yield Stage("top-k (torch, unsorted)", lambda _: gates.T.topk(capacity, sorted=False))
     yield Stage("  sorted", lambda _: gates.T.topk(capacity))
     yield Stage("choice with inverse", lambda _: choice.choose(gates, capacity))
+    yield Stage("  in torch", lambda _: choice.choose_torch(gates, capacity))
     yield Stage("gather", lambda _: row_kernels.take_rows(x, index), 2 * part)
     yield Stage("  in torch", lambda _: x[index], 2 * part)
     yield Stage("combine", lambda _: row_kernels.sum_rows(rows, slots), part + total)

@@ -214,8 +214,9 @@ for whole in (True, False):
     for E, chunk, block_e in ((1, 1024, 1), (8, 512, 8), (64, 64, 64), (100, 64, 64)):
         for name in ("_write_keys", "_place"):
             check(name, 4, whole, E=E, CHUNK=chunk, BLOCK_E=block_e)
-    for block, steps in ((32768, 1), (8192, 1), (8192, 16)):
-        check("_find_kth", min(block // 512, 32), whole, BLOCK=block, STEPS=steps, CHUNK=64)
+    for block, steps in ((32768, 1), (8192, 1), (16384, 8)):
+        for chunk in (64, 512, 1024):
+            check("_find_kth", min(block // 512, 32), whole, BLOCK=block, STEPS=steps, CHUNK=chunk)
 """
 
 

@@ -97,7 +97,7 @@ def choose_highest(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tenso
     tile = {"E": E, "CHUNK": chunk, "BLOCK_E": block_e, "num_warps": 4}
 
     _write_keys[grid](scores, keys, N, **tile)
-    block = max(block_of(N, HELD if N <= HELD else 8192), chunk)
+    block = max(block_of(N, HELD if N <= HELD else 16384), chunk)
     _find_kth[(E,)](
         *(keys, kth_score, rest, before, keys.shape[1], capacity),
         BLOCK=block,
