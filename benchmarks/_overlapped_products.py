@@ -63,8 +63,6 @@ PLANS = (
     Plan(8, rolled=True, mode="tanh"),
     Plan(8, rolled=True, mode="none"),
     Plan(4),
-    Plan(4, rolled=True),
-    Plan(4, rolled=True, mode="tanh"),
 )
 
 
@@ -426,7 +424,7 @@ def _work(
         expert, next_row, next_column = _place(tile, C, F, GROUP)
         next_row += WHICH * HALF
         next_word = next_column // 2
-        token = gl.load(index_ptr + next_row + rows)
+        token = gl.load(index_ptr + next_row + rows).to(gl.int32)
         first = step
         if BACKWARD:
             _send_for(tiles[0], [next_row, next_word], came, buffers[0], first == 0)
