@@ -107,6 +107,7 @@ def test_the_host_never_waits_for_the_device() -> None:
         torch.autograd.grad(linear_cross_entropy(w.x, head, targets, None, 256), (w.x, head))
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 def test_a_cuda_graph_replays_layer_and_loss_on_new_inputs() -> None:
     w = random_weights(2048, 256, 512, 8, dtype=torch.bfloat16).leaves()
     head = leaf(random(1000, 256, dtype=torch.bfloat16) / 16)
