@@ -1,4 +1,4 @@
-"""Kernels of the sparse layer, head, optimizer and decoding: each beside its twin in plain torch.
+"""Kernels of layers, head, optimizer and decoding: each beside its twin in plain torch.
 
 The twin has the same signature, is what runs without a GPU, and is the reference of the tests.
 """
@@ -14,6 +14,7 @@ from pyper.kernels.expert_choice import (
     expert_feed_forward,
     expert_feed_forward_torch,
 )
+from pyper.kernels.feed_forward import dense_feed_forward, dense_feed_forward_torch
 from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
 from pyper.kernels.multi_tensor import TableCache
@@ -44,6 +45,8 @@ __all__ = [
     "choose",
     "combine_rows",
     "combine_rows_torch",
+    "dense_feed_forward",
+    "dense_feed_forward_torch",
     "expert_choice_layer",
     "expert_choice_layer_torch",
     "expert_feed_forward",
