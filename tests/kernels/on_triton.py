@@ -44,8 +44,16 @@ def kernels() -> Iterator[None]:
     def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain_dot(builder, _as_float32(a), _as_float32(b), *rest)
 
+    plain_patches = interpreter._patch_lang_tensor
+
+    def patches(tensor: Any, scope: Any) -> None:
+        plain_patches(tensor, scope)
+        # NumPy (2.4) takes no array of one number for a bound of a loop.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     with (
         mock.patch.object(launch, "runs_triton", takes),
+        mock.patch.object(interpreter, "_patch_lang_tensor", patches),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
         np.errstate(over="ignore"),  # exp of much is infinite; a GPU does not warn of it
     ):

@@ -185,20 +185,22 @@ def build(kernel, types, constants, warps):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3}).asm["ptx"]
 
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
-shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 1, "BLOCK_S": 16, "BLOCK_K": 128}
+shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-assert "ld.global.v4" in build(module._attend_part, sums | numbers, shape, 4)
+ptx = build(module._attend_part, sums | numbers, shape, 4)
+assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
+assert "mma.sync" in ptx
 build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
 """
 
 
 @needs_triton
 @pytest.mark.slow
-def test_the_kernels_build_for_a_large_gpu_and_read_sixteen_bytes_at_a_time() -> None:
+def test_the_kernels_build_for_a_large_gpu_and_read_ahead() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)

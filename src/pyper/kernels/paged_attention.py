@@ -19,12 +19,10 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.overlap import wait_for_others
+    from pyper.kernels.overlap import ask_ahead, wait_for_others
 
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
-# Twice that of one head are in registers: those in use and those on their way.
-_BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,14 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    block_g = block_of(groups, 1 << 20)
     n_parts = block_of(max(_PROGRAMS // (B * n_kv_heads), 1), _MOST_PARTS)
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
     log_sum = query.new_empty(shape, dtype=torch.float32)
     options = overlap_options(overlap, query.device)
+    # Blocks on their way fill a processor's shared memory twice; short parts fill no long block.
+    tokens = 64 if n_parts == 1 and width * query.element_size() <= 256 else 32
     _attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum),
         *(cos, sin, query_gain, key_gain),
@@ -151,10 +150,11 @@ def _paged_attention_op(
         K=K,
         GROUPS=groups,
         PAGE=page_tokens,
-        BLOCK_G=block_g,
-        BLOCK_S=_BLOCK_TOKENS,
-        BLOCK_K=width,
+        BLOCK_G=max(block_of(groups, 1 << 20), 16),
+        BLOCK_S=tokens,
+        BLOCK_K=max(width, 16),
         num_warps=4,
+        num_stages=3,
         **options,
     )
     if n_parts > 1:
@@ -219,26 +219,10 @@ if launch.HAS_TRITON:
         return x
 
     @triton.jit
-    def _read_block(
-        keys_ptr,
-        values_ptr,
-        pages_ptr,
-        h,
-        n_kv_heads,
-        d,
-        first,
-        past,
-        K: tl.constexpr,
-        PAGE: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-    ):
-        """Keys and values (BLOCK_S, BLOCK_K) of a text from `first` on, up to `past`."""
-        s = first + tl.arange(0, BLOCK_S)
+    def _slots(pages_ptr, s, past, PAGE: tl.constexpr):
+        """Where tokens s of a text lie in the cache."""
         page = tl.load(pages_ptr + s // PAGE, mask=s < past, other=0)
-        at = ((page * PAGE + s % PAGE) * n_kv_heads + h)[:, None] * K + d[None, :]
-        there = (s < past)[:, None] & (d < K)[None, :]
-        key = tl.load(keys_ptr + at, mask=there, other=0.0)
-        return key, tl.load(values_ptr + at, mask=there, other=0.0)
+        return page * PAGE + s % PAGE
 
     @triton.jit
     def _attend_part(
@@ -273,69 +257,72 @@ if launch.HAS_TRITON:
     ):
         b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
-        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+        g, d, each = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
         # Parts are whole blocks: a part may be empty, and then weighs nothing.
         position = tl.load(positions_ptr + b).to(tl.int32)
-        per_part = tl.cdiv(tl.cdiv(position + 1, BLOCK_S), n_parts) * BLOCK_S
+        per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
         start = part * per_part
-        end = tl.minimum(start + per_part, position + 1)
-        past = tl.minimum(end, position)  # the new token is not in the cache yet
+        past = tl.minimum(start + per_part, position)
         pages_ptr += b * pages_stride
-        key, value = _read_block(
-            *(keys_ptr, values_ptr, pages_ptr, h, n_kv_heads, d, start, past),
-            *(K, PAGE, BLOCK_S),
-        )
+        row_width = n_kv_heads * K
+        keys_ptr += h * K
+        values_ptr += h * K
+        if OVERLAP:
+            IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+            first = _slots(pages_ptr, start + each, past, PAGE)[:, None] * row_width
+            lines = first + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
+            ask_ahead(keys_ptr + lines)
+            ask_ahead(values_ptr + lines)
         wait_for_others(OVERLAP)
         row = (b * n_kv_heads + h) * GROUPS + g  # of the queries, in (B · H)
         in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
         at_query = b * query_stride + (h * GROUPS + g) * K
-        query = scale * _read_heads(
+        query = _read_heads(
             *(query_ptr, at_query, d, in_query, query_gain_ptr, cos_ptr, sin_ptr, position, eps),
             *(K, HAS_TURN, HAS_NORM),
-        )
-        at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
-        new_key = _read_heads(
-            *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr, position, eps),
-            *(K, HAS_TURN, HAS_NORM),
-        )
-        new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
-        at_value = b * value_stride + h * K + d
-        new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0)
-        # Each place in a block has a softmax of its own; they meet once, behind the loop.
-        highest = tl.full((BLOCK_G, BLOCK_S), LOWEST, dtype=tl.float32)
-        total = tl.zeros((BLOCK_G, BLOCK_S), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_G, BLOCK_S, BLOCK_K), dtype=tl.float32)
-        block = start
-        while block < end:
-            s = block + tl.arange(0, BLOCK_S)
-            is_new = (s == position)[:, None]
-            this_key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
-            this_value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
-            block += BLOCK_S
-            key, value = _read_block(  # on their way meanwhile
-                *(keys_ptr, values_ptr, pages_ptr, h, n_kv_heads, d, block, past),
-                *(K, PAGE, BLOCK_S),
-            )
-            scores = tl.sum(query[:, None, :] * this_key[None, :, :], axis=2)  # (G, S)
-            scores = tl.where((s < end)[None, :], scores, float("-inf"))
-            now = tl.maximum(highest, scores)
-            weights = tl.exp(scores - now)
+        ).to(keys_ptr.dtype.element_ty)
+        highest = tl.full((BLOCK_G,), LOWEST, dtype=tl.float32)
+        total = tl.zeros((BLOCK_G,), dtype=tl.float32)
+        mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
+        for block in range(start, past, BLOCK_S):
+            s = block + each
+            at = _slots(pages_ptr, s, past, PAGE)[:, None] * row_width + d[None, :]
+            there = (s < past)[:, None] & (d < K)[None, :]
+            key = tl.load(keys_ptr + at, mask=there, other=0.0)
+            value = tl.load(values_ptr + at, mask=there, other=0.0)
+            scores = scale * tl.dot(query, tl.trans(key), input_precision="ieee")  # (G, S)
+            scores = tl.where((s < past)[None, :], scores, float("-inf"))
+            now = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp(scores - now[:, None])
             shrink = tl.exp(highest - now)
-            mixed = mixed * shrink[:, :, None] + weights[:, :, None] * this_value[None, :, :]
-            total = total * shrink + weights
+            mixed = tl.dot(
+                weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee"
+            )
+            total = total * shrink + tl.sum(weights, axis=1)
             highest = now
-        most = tl.max(highest, axis=1)
-        shrink = tl.exp(highest - most[:, None])
-        total = tl.sum(total * shrink, axis=1)
-        mixed = tl.sum(mixed * shrink[:, :, None], axis=1)
-        if (start <= position) & (position < end):
-            page = tl.load(pages_ptr + position // PAGE)
-            at = ((page * PAGE + position % PAGE) * n_kv_heads + h) * K + d
-            tl.store(keys_ptr + at, new_key, mask=d < K)
-            tl.store(values_ptr + at, new_value, mask=d < K)
+        if part == 0:  # the new token, which is not in the cache yet
+            at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
+            new_key = _read_heads(
+                *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr),
+                *(position, eps, K, HAS_TURN, HAS_NORM),
+            )
+            new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
+            new_value = tl.load(value_ptr + b * value_stride + h * K + d, mask=d < K, other=0.0)
+            slot = (tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE) * row_width
+            tl.store(keys_ptr + slot + d, new_key, mask=d < K)
+            tl.store(values_ptr + slot + d, new_value, mask=d < K)
+            wide = query.to(tl.float32) * new_key.to(tl.float32)[None, :]
+            score = scale * tl.sum(wide, axis=1)
+            now = tl.maximum(highest, score)
+            shrink, weight = tl.exp(highest - now), tl.exp(score - now)
+            mixed = mixed * shrink[:, None]
+            mixed += weight[:, None] * new_value.to(tl.float32)[None, :]
+            total = total * shrink + weight
+            highest = now
         nothing = total == 0
         mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
-        log_sum = tl.where(nothing, float("-inf"), most + tl.log(tl.where(nothing, 1.0, total)))
+        log_sum = highest + tl.log(tl.where(nothing, 1.0, total))
+        log_sum = tl.where(nothing, float("-inf"), log_sum)
         out = row * n_parts + part
         tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
         tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
