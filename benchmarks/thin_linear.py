@@ -44,8 +44,8 @@ PRODUCTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 """Outputs and inputs of the products of a layer, in widths, and what stands around them."""
 COLD_BYTES = 400_000_000 if GPU else 1
-SWEEP_ONE = ((1, 2, 4, 8), (1024, 2048), (2, 4, 8))
-"""Of one row: outputs and inputs of a block, warps."""
+SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4))
+"""Of one row: outputs of a block, words of four bytes of a weight row, warps."""
 SWEEP_FEW = ((16, 32, 64), (128, 256), (3, 4), (4, 8))
 """Of several: outputs and inputs of a block, stages, warps."""
 

@@ -185,7 +185,8 @@ def build(kernel, types, constants, warps):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3}).asm["ptx"]
+    options = {"num_warps": warps, "num_stages": 3}
+    return triton.compile(source, target=target, options=options).asm["ptx"]
 
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32"}

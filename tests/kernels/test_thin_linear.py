@@ -14,7 +14,16 @@ from pyper.config.expert import Activation
 from pyper.kernels import InputNorm, ThinWeight, thin_linear, thin_linear_torch
 
 # B, D, N
-SHAPES = [(1, 32, 16), (1, 96, 40), (3, 300, 17), (16, 64, 33), (17, 48, 16), (64, 40, 24)]
+SHAPES = [
+    (1, 32, 16),
+    (1, 96, 40),
+    (1, 2500, 9),
+    (1, 33, 5),
+    (3, 300, 17),
+    (16, 64, 33),
+    (17, 48, 16),
+    (64, 40, 24),
+]
 CHOICES: list[tuple[bool, bool, bool, Activation | None]] = [
     (False, False, False, None),
     (True, False, False, "gelu"),
@@ -132,12 +141,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-def build(kernel, stored, scaled, **blocks):
-    constants = dict(N=8192, D=2048, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
-                     HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True, **blocks)
+def build(kernel, stored, scaled, **constants):
+    constants |= dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
+                      HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True)
     absent = {"bias_ptr": None, "residual_ptr": None} | ({} if scaled else {"scale_ptr": None})
     constants |= absent
-    types = {"weight_ptr": stored, "scale_ptr": "*fp32", "B": "i32", "eps": "fp32"}
+    types = {"weight_ptr": stored, "words_ptr": "*i32", "scale_ptr": "*fp32"}
+    types |= {"B": "i32", "eps": "fp32"}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
@@ -147,12 +157,17 @@ def build(kernel, stored, scaled, **blocks):
 
 few = importlib.import_module("pyper.kernels.thin_linear")._thin_linear
 one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
-for stored, scaled in (("*bf16", False), ("*i8", True), ("*fp8e4nv", True)):
-    ptx = build(few, stored, scaled, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16).asm["ptx"]
+few_blocks = dict(D=2048, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16)
+one_block = dict(BLOCK_N=4, BLOCK_W=512)
+for stored, scaled, name, words in (
+    ("*bf16", False, "bf16", 1024), ("*i8", True, "int8", 512), ("*fp8e4nv", True, "fp8", 512)
+):
+    ptx = build(few, stored, scaled, **few_blocks).asm["ptx"]
     assert "cp.async" in ptx, stored  # weights are on their way while others are used
     assert "mma.sync" in ptx or "wgmma" in ptx, stored
     assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait"), stored
-    ptx = build(one, stored, scaled, BLOCK_N=4, BLOCK_D=2048).asm["ptx"]
+    ptx = build(one, stored, scaled, WORDS=words, STORED=name, **one_block).asm["ptx"]
+    assert "cvt.rn.f32.s8" not in ptx, stored
     loads = [i for i in range(len(ptx)) if ptx.startswith("ld.global", i)]
     assert any(i < ptx.index("griddepcontrol.wait") for i in loads), stored  # before it waits
 """

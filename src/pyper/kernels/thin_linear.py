@@ -17,7 +17,7 @@ from pyper.kernels import launch
 from pyper.kernels.activation import activate
 from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
-from pyper.kernels.row_linear import linear_of_row
+from pyper.kernels.row_linear import linear_of_row, takes
 
 if launch.HAS_TRITON:
     import triton
@@ -108,7 +108,7 @@ def _thin_linear_op(
     """All contiguous, x (B, D) bf16."""
     out = _out_of(x, weight, activation)
     (B, D), N = x.shape, out.shape[1]
-    if B == 1:
+    if B == 1 and takes(weight):
         linear_of_row(x, weight, scale, bias, gain, eps, activation, residual, out, overlap)
         return out
     block_n, block_d, stages, warps = _blocks(N, B)
@@ -156,8 +156,9 @@ def _blocks(n_outputs: int, n_rows: int) -> tuple[int, int, int, int]:
 
     Each of a large GPU's processors should have a program at least, and some 32 kB on their way.
     """
-    block_n = 16 if n_outputs <= 4096 else 32
-    return block_n, 256 if n_rows <= 16 else 128, 4, 4
+    if n_rows > 16:
+        return (16, 256, 4, 4) if n_outputs <= 4096 else (64, 256, 3, 4)
+    return (16 if n_outputs <= 4096 else 32), 256, 4, 4
 
 
 def _ahead(row_bytes: int) -> int:
