@@ -19,6 +19,7 @@ from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
 from pyper.kernels.multi_tensor import TableCache
 from pyper.kernels.paged_attention import Turn, paged_attention, paged_attention_torch
+from pyper.kernels.rotary import rotated_heads, rotated_heads_torch
 from pyper.kernels.rounding import join_weight, split_weight
 from pyper.kernels.router import router_gates, router_gates_torch
 from pyper.kernels.rows import combine_rows, combine_rows_torch, gather_rows, gather_rows_torch
@@ -60,6 +61,8 @@ __all__ = [
     "nesterov_torch",
     "paged_attention",
     "paged_attention_torch",
+    "rotated_heads",
+    "rotated_heads_torch",
     "router_gates",
     "router_gates_torch",
     "runs_triton",

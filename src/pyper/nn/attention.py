@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
+from pyper.kernels import launch, rotated_heads
 from pyper.nn.causal_attention import causal_attention
 from pyper.nn.kv_cache import CachePass
 from pyper.nn.norm import RMSNorm, rms_norm
@@ -64,6 +65,9 @@ class Attention(nn.Module):
 
         A layer without positions leaves them as they are.
         """
+        if self.runs_as_one(x):
+            qkv, counts = self.qkv, (self.n_heads, self.n_kv_heads)
+            return rotated_heads(x, qkv.weight, qkv.bias, cos, sin, *counts)
         # Queries and keys are normalised and turned together: fewer, larger operations.
         width, kv_width, _ = self.widths
         query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
@@ -78,6 +82,11 @@ class Attention(nn.Module):
         query, key = query_key.split((self.n_heads, self.n_kv_heads), dim=1)
         value = rearrange(value, "b t (h k) -> b h t k", h=self.n_kv_heads)
         return query, key, value
+
+    def runs_as_one(self, x: Tensor) -> bool:
+        """Whether training on x turns heads where their product lies, by kernels."""
+        plain = type(self.qkv) is nn.Linear and self.rotates and self.q_norm is None
+        return self.training and plain and launch.runs_triton(x)
 
     def _normalize(self, query_key: Tensor) -> Tensor:
         """QK-norm of queries and keys (B, T, H + kv_heads, K), each with its own gain."""
