@@ -7,6 +7,7 @@ import torch
 
 from generate.test_batch_engine import ask
 from generate.test_writing_text import BYTES
+from kernels.test_gpu import no_waiting
 from mixture.small_mixtures import MODES, loaders_of, small_experts, small_router, small_settings
 from nn.small_experts import small_expert, text_of
 from pyper.generate import BatchEngine, EngineLimits, Narrow, SamplingConfig, with_narrow_weights
@@ -47,6 +48,20 @@ def test_requests_get_what_they_get_on_a_cpu(mode: dict[str, Any], compiled: boo
     got, n_ahead = tokens_of(mixture_on("cuda", **mode), compiled=compiled)
     assert got == expected
     assert n_ahead > 3
+
+
+@pytest.mark.parametrize("mode", [{"prune": 0.0, "top_k": k} for k in (2, 4)])
+def test_the_host_waits_for_tokens_and_nothing_else(mode: dict[str, Any]) -> None:
+    """Not for the pass that is under way: the next one follows it without a gap."""
+    engine = BatchEngine(mixture_on("cuda", **mode), BYTES, EngineLimits(2, 8192))
+    for text in ("the fox", "a crow"):
+        engine.submit(ask(text, SamplingConfig(60, temperature=0.7)))
+    for _ in range(20):
+        engine.step()
+    with no_waiting():
+        for _ in range(20):
+            engine.step()
+    assert engine._ahead
 
 
 @pytest.mark.parametrize("narrow", ["int8", "fp8"])

@@ -172,7 +172,7 @@ class MixtureReader:
     ) -> Tensor:
         """Log weights (R, E) once the posterior has seen the scores (R, A) of one more token."""
         settings, device = self.mixture.settings, scores.device
-        evidence, live = (x.to(device) for x in evidence_of([t.state for t in texts]))
+        evidence, live = (to_device(x, device) for x in evidence_of([t.state for t in texts]))
         more = settings.temperature * scores.double()
         evidence = evidence.scatter_add(1, _index(experts, evidence), more)
         return posterior_log_weights(settings, evidence, live)[0]
