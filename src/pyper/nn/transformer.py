@@ -78,6 +78,13 @@ class Transformer(nn.Module):
         rule: how sparse layers choose (None: as training or evaluation does; only that is causal).
         padding: (B, T), True where there is no token; on the right, since attention is causal.
         """
+        context = self.attention_context(tokens, rule=rule, padding=padding)
+        return self._run(self.embedding(tokens), context)
+
+    def attention_context(
+        self, tokens: Tensor, *, rule: Rule | None = None, padding: Tensor | None = None
+    ) -> AttentionContext:
+        """What all layers share when they read tokens (B, T). Raises PromptError as `forward`."""
         self._check_length(tokens.shape[1])
         if self.config.attend_across_documents:
             cos, sin = self._rotation(torch.arange(tokens.shape[1], device=tokens.device))
@@ -86,8 +93,12 @@ class Transformer(nn.Module):
             bos_id = self.config.bos_id
             cos, sin = self._rotation(positions(tokens, bos_id))
             mask = document_mask(document_ids(tokens, bos_id))
-        context = AttentionContext(cos, sin, mask, rule=rule, padding=padding)
-        return self._run(self.embedding(tokens), context)
+        return AttentionContext(cos, sin, mask, rule=rule, padding=padding)
+
+    @property
+    def compiles_blocks(self) -> bool:
+        """Whether `compile_blocks` was asked for."""
+        return bool(self._compiled)
 
     def compile_blocks(self) -> None:
         """Compile the blocks for training. Evaluation goes without: its many shapes would compile
