@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyper.nn import Transformer
 from pyper.nn.fp8_linear import use_fp8
-from pyper.nn.stacked_transformer import StackedTransformer, can_stack
+from pyper.nn.stacked_transformer import StackedTransformer, stacking_kind
 
 N_EXPERTS = 3
 KINDS: list[dict[str, Any]] = [
@@ -50,7 +50,7 @@ def test_states_and_gradients_are_those_of_each_model_alone(
     models, tokens = experts(**changes), texts()
     for model in models:
         model.recompute_blocks = recompute
-    assert can_stack(models)
+    assert len({stacking_kind(m) for m in models}) == 1
     alone = [m.hidden(t).flatten(0, 1) for m, t in zip(models, tokens, strict=True)]
     loss_of(models, alone).backward()
     expected = [grads_of(m) for m in models]
@@ -93,9 +93,10 @@ def test_frozen_parts_get_no_gradients() -> None:
 
 
 def test_what_cannot_be_stacked_is_known() -> None:
-    assert not can_stack([small_expert(), small_expert(d_ff=32)])
-    assert not can_stack([small_expert(), small_expert().double()])
-    assert not can_stack([small_expert(kind="sparse"), small_expert(kind="sparse")])
+    kinds = [stacking_kind(m) for m in (small_expert(), small_expert(d_ff=32))]
+    kinds.append(stacking_kind(small_expert().double()))
+    assert len({*kinds}) == 3
+    assert stacking_kind(small_expert(kind="sparse")) is None
     in_8_bits = small_expert(d_model=16, d_ff=32)
     use_fp8(in_8_bits.blocks)
-    assert not can_stack([in_8_bits, in_8_bits])
+    assert stacking_kind(in_8_bits) is None

@@ -21,7 +21,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture(autouse=True)
 def slow_steps_are_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or what is tested would depend on how busy the machine is."""
-    monkeypatch.setattr("pyper.train.recorded_step._LONG_STEP", float("inf"))
+    monkeypatch.setattr("pyper.train.recorded_step.LONG_STEP", float("inf"))
 
 
 def parts_of_step(step: int, n_parts: int = 2) -> list[Batch]:

@@ -5,7 +5,7 @@ GPU. The models stay what they are. Their weights are put side by side anew in e
 copies them once, and autograd takes their gradients apart again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -27,26 +27,20 @@ Weights = dict[str, Tensor]
 """By their names in a block, with E in front."""
 
 
-def can_stack(models: Sequence[Transformer]) -> bool:
-    """Whether they are dense, of one shape and type, and their products plain ones."""
-    first = models[0]
-    return first.config.kind == "dense" and all(
-        (m.config, m.dtype, m.device) == (first.config, first.dtype, first.device) and _is_plain(m)
-        for m in models
-    )
-
-
-def _is_plain(model: Transformer) -> bool:
-    """Products in 8 bits have scales of their own."""
+def stacking_kind(model: Transformer) -> Hashable:
+    """Equal for models that can go side by side; None for a model that cannot."""
+    # Routers look at what an expert reads; products in 8 bits have scales of their own.
     products = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    return all(type(product) is nn.Linear for product in products)
+    if model.config.kind != "dense" or any(type(product) is not nn.Linear for product in products):
+        return None
+    return model.config.model_dump_json(), model.dtype, model.device
 
 
 class StackedTransformer:
     """What `Transformer.read` does, for E models at once."""
 
     def __init__(self, models: Sequence[Transformer]) -> None:
-        """The models must pass `can_stack`."""
+        """The models are of one `stacking_kind`."""
         self.models, self.config = list(models), models[0].config
         self.recompute_blocks = max(m.recompute_blocks for m in models)
         self._layers = [

@@ -1,8 +1,9 @@
-"""All experts at once on one GPU: small ones leave most of it idle."""
+"""All experts at once on one device: small ones leave most of a GPU idle."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -15,8 +16,10 @@ from pyper.stages.context import Context
 from pyper.stages.memory import training_memory
 from pyper.stages.train import Unit, train_unit
 from pyper.train import TrainResult
-from pyper.train.interrupt import catch_signals
+from pyper.train.interrupt import StopRequest, catch_signals
 from pyper.train.progress import Silent
+from pyper.train.stacked_steps import StackedSteps
+from pyper.train.step import NewStep
 
 # A larger expert fills a GPU by itself.
 _SMALL_PARAMETERS = 64_000_000
@@ -27,9 +30,12 @@ _MEMORY_SHARE = 0.6
 def pays_together(context: Context, n_units: int) -> bool:
     """What `run.parallel_experts` says; for "auto": on a GPU, where experts are small and fit.
 
-    On trial (`ON_TRIAL`): measured on a CPU only, where it changes nothing.
+    Only dense experts in 16 or 32 bits go side by side. On trial (`ON_TRIAL`): measured on a CPU
+    only, where it changes nothing.
     """
     wanted = context.run.run.parallel_experts
+    if context.model.kind != "dense" or context.run.train.precision == "fp8":
+        return False
     if wanted != "auto":
         return wanted
     if not ON_TRIAL or context.device.type != "cuda":
@@ -43,31 +49,57 @@ def pays_together(context: Context, n_units: int) -> bool:
 def train_together(
     context: Context, assigned: ExpertData, units: Sequence[Unit]
 ) -> list[TrainResult]:
-    """Train `units` in one process, each in a thread and on a stream of its own.
+    """Train `units` in one process: loops in threads of their own, steps in batched products.
 
-    Results are those of training one by one: nothing is shared but the device. A part that is done
-    costs nothing more. Ctrl-C and SIGTERM stop all of them at their next step, with everything
-    saved. Raises the first error, after the others have been asked to stop as well.
+    Results are those of training one by one but for rounding. A part that is done costs nothing
+    more. Ctrl-C and SIGTERM stop all of them at their next step, with everything saved. Raises the
+    first error, after the others have been asked to stop as well.
     """
-    ended = threading.Event()
-    with catch_signals() as stop, ThreadPoolExecutor(len(units)) as pool:
-        futures = [
-            pool.submit(
-                _train_on_own_stream, context, assigned, unit, lambda _: stop() or ended.is_set()
-            )
-            for unit in units
-        ]
+    steps, ended = StackedSteps(len(units)), threading.Event()
+    with (
+        catch_signals() as stop,
+        ThreadPoolExecutor(len(units) + 1) as pool,
+        _current(context.device),
+    ):
         try:
-            watch(
-                context,
-                assigned,
-                units,
-                lambda: stop() or all(f.done() for f in futures) or any(map(_failed, futures)),
-            )
+            futures = [
+                pool.submit(_train, context, assigned, unit, steps.loop(number), stop, ended)
+                for number, unit in enumerate(units)
+            ]
+            pool.submit(watch, context, assigned, units, lambda: all(f.done() for f in futures))
+            steps.run()
         finally:
-            if stop() or any(map(_failed, futures)):
-                ended.set()
-    # Parts that were asked to stop because another one failed must not hide its error.
+            ended.set()
+            steps.close()
+    return _results_of(futures, stop)
+
+
+def _train(
+    context: Context,
+    assigned: ExpertData,
+    unit: Unit,
+    loop: AbstractContextManager[NewStep],
+    stop: StopRequest,
+    ended: threading.Event,
+) -> TrainResult:
+    """In a thread of its own; an error asks the others to stop."""
+    try:
+        with _current(context.device), loop as new_step:
+            return train_unit(
+                context, assigned, unit, Silent(), lambda _: stop() or ended.is_set(), new_step
+            )
+    except BaseException:
+        ended.set()
+        raise
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels run on the current device, which each thread has of its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _results_of(futures: "Sequence[Future[TrainResult]]", stop: StopRequest) -> list[TrainResult]:
+    """Parts that were asked to stop because another one failed must not hide its error."""
     failures = [error for future in futures if (error := future.exception()) is not None]
     failures.sort(key=lambda error: isinstance(error, InterruptedRun))
     if failures and isinstance(failures[0], InterruptedRun):
@@ -75,16 +107,3 @@ def train_together(
     if failures:
         raise failures[0]
     return [future.result() for future in futures]
-
-
-def _failed(future: "Future[TrainResult]") -> bool:
-    return future.done() and future.exception() is not None
-
-
-def _train_on_own_stream(
-    context: Context, assigned: ExpertData, unit: Unit, should_stop: Callable[[int], bool]
-) -> TrainResult:
-    if context.device.type != "cuda":
-        return train_unit(context, assigned, unit, Silent(), should_stop)
-    with torch.cuda.device(context.device), torch.cuda.stream(torch.cuda.Stream(context.device)):
-        return train_unit(context, assigned, unit, Silent(), should_stop)

@@ -24,8 +24,10 @@ from pyper.train import TrainingData, TrainPlan, TrainResult, train_expert
 from pyper.train.freeze import freeze
 from pyper.train.learning_rate import find_learning_rate
 from pyper.train.progress import Progress
+from pyper.train.recorded_step import RecordedStep
 from pyper.train.schedule import branch_schedule, seed_schedule
 from pyper.train.state import optimizer_state_of
+from pyper.train.step import NewStep
 
 Kind = Literal["seed", "control", "expert", "random-shard"]
 
@@ -100,6 +102,7 @@ def train_unit(
     unit: Unit,
     progress: Progress,
     should_stop: Callable[[int], bool] | None = None,
+    new_step: NewStep = RecordedStep,
 ) -> TrainResult:
     """Train one part to its end, from wherever it stands. Raises what `train_expert` raises."""
     folder = unit.folder(context)
@@ -121,6 +124,7 @@ def train_unit(
         track=context.run.track,
         progress=progress,
         should_stop=should_stop,
+        new_step=new_step,
     )
     write_json(folder / "result.json", asdict(result))
     return result

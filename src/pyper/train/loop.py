@@ -24,7 +24,7 @@ from pyper.train.progress import Progress, Silent
 from pyper.train.recorded_step import RecordedStep
 from pyper.train.schedule import Schedule
 from pyper.train.state import TrainState, restore, save
-from pyper.train.step import StepResult, explain_out_of_memory
+from pyper.train.step import NewStep, StepResult, explain_out_of_memory
 from pyper.train.throughput import Throughput
 from pyper.train.training_data import TrainingData
 
@@ -71,12 +71,14 @@ def train_expert(
     track: TrackConfig | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[int], bool] | None = None,
+    new_step: NewStep = RecordedStep,
 ) -> TrainResult:
     """Train `model` in place until its plan ends, validation stalls, or a signal comes.
 
     Goes on from the newest sound checkpoint in `folder`. Afterwards the model holds the best
     weights (the last ones without early stopping). `loss_fn` and `batch_transform` adapt the loop
-    to other tasks; `should_stop(step)` is asked after every step.
+    to other tasks; `should_stop(step)` is asked after every step; `new_step` makes what takes
+    the steps.
 
     Raises NonFiniteError (nothing was updated; the last good checkpoint is named), InterruptedRun
     (the state was saved), OutOfMemoryError, LockedError, DataError and StorageError.
@@ -92,6 +94,7 @@ def train_expert(
             batch_transform=batch_transform,
             track=track or TrackConfig(),
             progress=progress or Silent(),
+            new_step=new_step,
         )
         return trainer.run(stop_request, should_stop or (lambda step: False))
 
@@ -111,6 +114,7 @@ class _Trainer:
         batch_transform: BatchTransform | None,
         track: TrackConfig,
         progress: Progress,
+        new_step: NewStep,
     ) -> None:
         self.model, self.config, self.plan, self.folder = model, config, plan, folder
         self.loss_fn, self.batch_transform = loss_fn, batch_transform
@@ -133,7 +137,7 @@ class _Trainer:
             optimizer.load_state_dict(plan.optimizer_state)
         stopping = EarlyStopping.from_config(config.early_stopping)
         self.state = TrainState(model, optimizer, loader, stopping)
-        self.step_fn = RecordedStep(model, optimizer, loss_fn)
+        self.step_fn = new_step(model, optimizer, loss_fn)
         self.throughput = Throughput(model, data.seq_len, config.global_batch_tokens)
 
     def run(self, stop_request: StopRequest, should_stop: Callable[[int], bool]) -> TrainResult:

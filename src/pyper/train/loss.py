@@ -41,12 +41,17 @@ BatchTransform = Callable[[Batch], Batch]
 def next_token_loss(model: Transformer, batch: Batch) -> LossSum:
     """Cross-entropy of the next token, in nats, weighted by `batch.weights` where given."""
     reading = model.read(batch.tokens)
+    return loss_of_states(model, reading.states.flatten(0, 1), batch, reading.routed)
+
+
+def loss_of_states(
+    model: Transformer, states: Tensor, batch: Batch, routed: tuple[Routed, ...] = ()
+) -> LossSum:
+    """`next_token_loss` where the final states (B·T, D) are there already."""
     weights = None if batch.weights is None else batch.weights.flatten().float()
-    total = linear_cross_entropy(
-        reading.states.flatten(0, 1), model.head.weight, batch.targets.flatten(), weights
-    )
+    total = linear_cross_entropy(states, model.head.weight, batch.targets.flatten(), weights)
     weight = torch.full_like(total, batch.targets.numel()) if weights is None else weights.sum()
-    return LossSum(total, weight, reading.routed)
+    return LossSum(total, weight, routed)
 
 
 def token_loss(logits: Tensor, batch: Batch) -> LossSum:

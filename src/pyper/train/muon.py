@@ -1,8 +1,9 @@
 """Muon: momentum whose matrices are orthogonalised before each step (Jordan et al., 2024)."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Muon:
         self.lr: float | Tensor = lr
         self.weights = list(weights)
         self._momentum, self._weight_decay = momentum, weight_decay
-        self._row_splits, self._dtype = list(row_splits), dtype
+        self._row_splits, self.dtype = list(row_splits), dtype
         self._bits, self._random_seed = state_bits, random_seed
         self._step = torch.zeros((), device=weights[0].parameter.device)
         self._moments: list[Moment | None] = [None] * len(weights)
@@ -82,19 +83,34 @@ class Muon:
     @torch.no_grad()
     def step(self, factor: Tensor) -> None:
         """One update by gradients times `factor` of every matrix that has a gradient."""
+        step_together([self], [factor])
+
+    def directions(self, factor: Tensor) -> "Iterator[tuple[_Part, Tensor]]":
+        """Count a step; all matrices that have a gradient, and where their momentum points."""
         self._step += 1
         grads = {i: grad for i, w in enumerate(self.weights) if (grad := w.grad) is not None}
         if not grads:
             return
         directions = self._directions(grads, factor)
-        by_shape: dict[torch.Size, list[tuple[_Part, Tensor]]] = defaultdict(list)
         for part in self._parts:
             if part.weight in directions:
-                by_shape[part.matrix.shape].append((part, next(directions[part.weight])))
-        for shape, pairs in by_shape.items():
-            size = max(1, _BATCH // shape.numel())
-            for start in range(0, len(pairs), size):
-                self._update(pairs[start : start + size])
+                yield part, next(directions[part.weight])
+
+    def add(self, parts: "Sequence[_Part]", updates: Sequence[Tensor]) -> None:
+        """Move matrices of one shape by their orthogonal updates."""
+        rows, cols = parts[0].matrix.shape
+        add_updates(
+            [part.matrix for part in parts],
+            [part.low for part in parts],
+            updates,
+            [part.number for part in parts],
+            self._step,
+            self.lr,
+            self._weight_decay,
+            -(max(1.0, rows / cols) ** 0.5),
+            self._random_seed,
+            self._tables,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Updates made, and momentum by name of weight."""
@@ -122,29 +138,11 @@ class Muon:
             self._step,
             factor,
             self._momentum,
-            self._dtype,
+            self.dtype,
             self._random_seed,
             self._tables,
         )
         return {i: self._split(i, tensor) for i, tensor in zip(grads, whole, strict=True)}
-
-    def _update(self, pairs: list[tuple[_Part, Tensor]]) -> None:
-        """Of matrices of one shape."""
-        parts = [part for part, _ in pairs]
-        rows, cols = parts[0].matrix.shape
-        updates = orthogonalize(torch.stack([d for _, d in pairs]), self._dtype)
-        add_updates(
-            [part.matrix for part in parts],
-            [part.low for part in parts],
-            updates.unbind(),
-            [part.number for part in parts],
-            self._step,
-            self.lr,
-            self._weight_decay,
-            -(max(1.0, rows / cols) ** 0.5),
-            self._random_seed,
-            self._tables,
-        )
 
     def _moment(self, i: int) -> Moment:
         moment = self._moments[i]
@@ -166,3 +164,24 @@ class Muon:
         rows = self._row_splits[i]
         for matrix in tensor.unbind() if tensor.ndim == 3 else (tensor,):
             yield from (matrix,) if rows is None else matrix.split(rows)
+
+
+@torch.no_grad()
+def step_together(optimizers: Sequence[Muon], factors: Sequence[Tensor]) -> None:
+    """`step` of several, each with its own gradients times its factor, in common products."""
+    kinds: dict[Hashable, list[tuple[Muon, _Part, Tensor]]] = defaultdict(list)
+    for muon, factor in zip(optimizers, factors, strict=True):
+        for part, direction in muon.directions(factor):
+            kinds[part.matrix.shape, muon.dtype].append((muon, part, direction))
+    for found in kinds.values():
+        size = max(1, _BATCH // found[0][1].matrix.numel())
+        for start in range(0, len(found), size):
+            _update(found[start : start + size])
+
+
+def _update(found: Sequence[tuple[Muon, _Part, Tensor]]) -> None:
+    """Matrices of one shape; those of one optimizer follow each other."""
+    updates = iter(orthogonalize(torch.stack([d for _, _, d in found]), found[0][0].dtype).unbind())
+    for muon, own in groupby(found, key=lambda triple: triple[0]):
+        parts = [part for _, part, _ in own]
+        muon.add(parts, [next(updates) for _ in parts])

@@ -1,6 +1,6 @@
 """AdamW or Muon over the weights of one expert, exact in float32 where the model is bf16."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from pyper.errors import CheckpointError
 from pyper.kernels import AdamWSettings
 from pyper.nn import Transformer
 from pyper.train.adamw import AdamW
-from pyper.train.muon import Muon
+from pyper.train.muon import Muon, step_together
 from pyper.train.trained_weight import TrainedWeight
 
 
@@ -69,8 +69,7 @@ class ExpertOptimizer:
 
     def update_weights(self) -> None:
         """Update all weights at the rates that are set, then clear the gradients."""
-        for optimizer in self._optimizers:
-            optimizer.step(self._factor)
+        update_together([self])
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -109,6 +108,18 @@ class ExpertOptimizer:
         norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
+
+
+def update_together(optimizers: Sequence[ExpertOptimizer]) -> None:
+    """Update the weights of several experts at the rates that are set; the gradients stay."""
+    muons: list[tuple[Muon, Tensor]] = []
+    for expert in optimizers:
+        for optimizer in expert._optimizers:
+            if isinstance(optimizer, Muon):
+                muons.append((optimizer, expert._factor))
+            else:
+                optimizer.step(expert._factor)
+    step_together([muon for muon, _ in muons], [factor for _, factor in muons])
 
 
 def moment_bytes(config: TrainConfig) -> int:

@@ -1,7 +1,7 @@
 """One optimizer step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,12 @@ class StepResult:
     """Before clipping."""
     routing: tuple[LayerStatistics, ...] = ()
     """Of each sparse layer, over the whole batch; on the device."""
+
+
+StepFunction = Callable[[Sequence[Batch], float], StepResult]
+"""Learns from micro-batches, at this share of the peak rates."""
+
+NewStep = Callable[[Transformer, ExpertOptimizer, LossFunction], StepFunction]
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,15 @@ def checked(measured: Measured, optimizer: ExpertOptimizer) -> StepResult:
 
     NonFiniteError for a loss or gradient that is not finite, DataError for weights of zero.
     """
-    total, weight, norm = measured.sums.tolist()  # the one wait for the device in a step
+    sums = measured.sums.tolist()  # the one wait for the device in a step
+    return judged(sums, measured.routing, optimizer)
+
+
+def judged(
+    sums: Sequence[float], routing: tuple[LayerStatistics, ...], optimizer: ExpertOptimizer
+) -> StepResult:
+    """`checked`, of sums (3,) that are on the host already."""
+    total, weight, norm = sums
     if weight == 0:
         optimizer.clear_gradients()
         raise DataError(
@@ -101,7 +115,7 @@ def checked(measured: Measured, optimizer: ExpertOptimizer) -> StepResult:
             hint="lower `train.learning_rate` or lengthen `train.warmup_steps`, in a new folder "
             "(`--set run.folder=runs/NAME`)",
         )
-    return StepResult(loss, norm, measured.routing)
+    return StepResult(loss, norm, routing)
 
 
 def update(model: Transformer, optimizer: ExpertOptimizer) -> None:
