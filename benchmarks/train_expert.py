@@ -26,7 +26,10 @@ from rich.table import Table
 from pyper.config import ExpertConfig, SparseConfig, TrainConfig
 from pyper.data import Batch
 from pyper.nn import Transformer, init_weights, train_flops_per_token
+from pyper.nn.attention import Attention
+from pyper.nn.feed_forward import FeedForward
 from pyper.nn.fp8_linear import use_fp8
+from pyper.nn.norm import RMSNorm
 from pyper.train import next_token_loss
 from pyper.train.optimizer import ExpertOptimizer
 from pyper.train.recorded_step import RecordedStep
@@ -39,6 +42,11 @@ ROWS = [
     "Pyper compiled",
     "Pyper fp8 compiled",
 ]
+KERNELS: dict[str, type[Attention] | type[FeedForward] | type[RMSNorm]] = {
+    "rope": Attention,
+    "feed-forward": FeedForward,
+    "norm": RMSNorm,
+}
 Step = Callable[[], float]
 
 
@@ -56,6 +64,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--capacity", type=float, default=1.0, help="experts per token")
     parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        choices=list(KERNELS),
+        default=[],
+        metavar="KERNEL",
+        help=f"Pyper's rows without its own kernels: {', '.join(KERNELS)}",
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
@@ -87,6 +103,8 @@ def batch_of(args: argparse.Namespace, device: str) -> Batch:
 
 
 def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
+    for kernel in args.without:
+        KERNELS[kernel].runs_as_one = lambda *_: False  # type: ignore[method-assign]
     with torch.device(device):
         model = Transformer(shape_of(args))
     init_weights(model, 0)

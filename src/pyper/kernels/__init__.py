@@ -19,6 +19,7 @@ from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
 from pyper.kernels.multi_tensor import TableCache
 from pyper.kernels.paged_attention import Turn, paged_attention, paged_attention_torch
+from pyper.kernels.rms_norm import add_norm, add_norm_torch, norm_alone
 from pyper.kernels.rotary import rotated_heads, rotated_heads_torch
 from pyper.kernels.rounding import join_weight, split_weight
 from pyper.kernels.router import router_gates, router_gates_torch
@@ -41,6 +42,8 @@ __all__ = [
     "activate_rows_torch",
     "adamw_step",
     "adamw_step_torch",
+    "add_norm",
+    "add_norm_torch",
     "add_updates",
     "add_updates_torch",
     "choose",
@@ -59,6 +62,7 @@ __all__ = [
     "linear_cross_entropy_torch",
     "nesterov",
     "nesterov_torch",
+    "norm_alone",
     "paged_attention",
     "paged_attention_torch",
     "rotated_heads",

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyper.kernels import add_norm, launch, norm_alone
+from pyper.kernels.rms_norm import LARGEST_DIM
+
 
 class RMSNorm(nn.Module):
     """y = w · x / √(mean(x²) + eps), over the last dimension (arXiv:1910.07467, eq. 4)."""
@@ -16,7 +19,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim); the result has the dtype of x."""
+        # Compilers fuse the plain one with what stands around it.
+        if self.runs_as_one(x) and not torch.compiler.is_compiling():
+            return norm_alone(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y = x + out (x itself without), and y normalised; all (..., dim)."""
+        return add_norm(x, out, self.weight, self.eps)
+
+    def runs_as_one(self, x: Tensor) -> bool:
+        """Whether training on x takes kernels, one forward and one backward."""
+        return self.training and x.shape[-1] <= LARGEST_DIM and launch.runs_triton(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
