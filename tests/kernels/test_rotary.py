@@ -22,6 +22,8 @@ from kernels.on_triton import (
 from pyper.kernels import rotary, rotated_heads, rotated_heads_torch
 from pyper.nn.rope import rotation
 
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -94,7 +96,7 @@ def test_the_twin_is_the_definition(biased: bool, by_row: bool) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_are_the_definition(dtype: torch.dtype, biased: bool, by_row: bool) -> None:
-    with kernels(), poisoned():
+    with kernels():
         compare(rotated_heads, (2, 5, 3, 1, 8), dtype, biased=biased, by_row=by_row)
 
 
@@ -114,8 +116,23 @@ def test_any_shape_will_do(B: int, T: int, kv: int, groups: int, half: int) -> N
 
 @needs_triton
 def test_more_heads_than_a_block_holds() -> None:
-    with kernels(), poisoned():
+    with kernels():
         compare(rotated_heads, (1, 2, 34, 33, 128))
+
+
+@needs_triton
+def test_every_element_of_the_gradient_is_written() -> None:
+    cos, sin = (turn.squeeze(1) for turn in angles(2, 3, 10, by_row=False))
+    grads = [random(2, heads, 3, 10) for heads in (5, 3, 3)]
+    with poisoned():
+        assert rotary.rotation_gradient(*grads, cos, sin).isfinite().all()
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("kv_heads", [16, 4])
+def test_a_large_expert_on_a_gpu(kv_heads: int) -> None:
+    compare(rotated_heads, (4, 2048, 16, kv_heads, 128), torch.bfloat16)
 
 
 @needs_triton
