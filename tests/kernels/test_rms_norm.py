@@ -62,6 +62,30 @@ def test_the_kernels_are_the_definition(
 
 
 @needs_triton
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("shape", [(3, 1, 4), (3, 5, 12), (2, 300, 8)])
+def test_rows_of_several_experts_have_gains_of_their_own(
+    shape: tuple[int, int, int], adds: bool
+) -> None:
+    E, _, D = shape
+    given = [random(*shape), random(E, D, seed=1), random(*shape, seed=2)]
+    ours, single = [leaf(part) for part in given], [leaf(part) for part in given]
+    pulls = [random(*shape, seed=3 + i) for i in range(2)]
+    with kernels(), poisoned():
+        got = add_norm(ours[0] * 1, ours[2] if adds else None, ours[1], EPS)
+        torch.autograd.backward(got, pulls)
+    for e in range(E):
+        parts = [part[e] for part in single]
+        expected = add_norm_torch(parts[0], parts[2] if adds else None, parts[1], EPS)
+        torch.autograd.backward(expected, [pull[e] for pull in pulls])
+        for mine, theirs in zip(got, expected, strict=True):
+            assert error(mine[e], theirs) < 1e-6
+    for mine, theirs in zip(ours, single, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or error(mine.grad, theirs.grad) < 1e-5
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_alone_is_the_second_of_both(dtype: torch.dtype) -> None:
     x, gain, pull = (random(*shape, dtype=dtype) for shape in ((2, 5, 12), (12,), (2, 5, 12)))

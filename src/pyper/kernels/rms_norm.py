@@ -26,7 +26,8 @@ _LARGEST_AHEAD = 16_384  # bytes
 def add_norm(x: Tensor, out: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y = x + out (x itself without), and gain · y / √(mean(y²) + eps); both (..., D).
 
-    y is rounded to the type of x before it is normalised; x and out have one shape and type.
+    y is rounded to the type of x before it is normalised; x and out have one shape and type. Gains
+    (D,), or (E, D) of as many rows each: x is then (E, …, D).
     """
     if not launch.runs_triton(x) or x.shape[-1] > LARGEST_DIM:
         return add_norm_torch(x, out, gain, eps)
@@ -49,7 +50,8 @@ def add_norm_torch(
     y = x if out is None else x + out
     rows = y.to(wide(y.dtype))
     scale = (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    return y, (rows * scale * gain).to(y.dtype)
+    own = gain if gain.ndim == 1 else gain.view(len(gain), *(1,) * (x.ndim - 2), -1)
+    return y, (rows * scale * own).to(y.dtype)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -71,7 +73,7 @@ class _AddNorm(torch.autograd.Function):
             dnormed.reshape(y.shape).contiguous(), dy.reshape(y.shape).contiguous(), y, scale, gain
         )
         dx = dx.view(dy.shape)
-        dgain = parts.sum(dim=0).to(gain.dtype) if ctx.needs_input_grad[2] else None
+        dgain = _gain_gradient(parts, gain) if ctx.needs_input_grad[2] else None
         return dx, dx if ctx.needs_input_grad[1] else None, dgain, None
 
 
@@ -88,7 +90,12 @@ class _Norm(torch.autograd.Function):
         rows, scale, gain = ctx.saved_tensors
         given = dnormed.reshape(rows.shape).contiguous()
         dx, parts = add_norm_gradient(given, None, rows, scale, gain)
-        return dx.view(dnormed.shape), parts.sum(dim=0).to(gain.dtype), None
+        return dx.view(dnormed.shape), _gain_gradient(parts, gain), None
+
+
+def _gain_gradient(parts: Tensor, gain: Tensor) -> Tensor:
+    """Sums of parts (E · P, D) in the shape of the gain."""
+    return parts.view(n_gains(gain), -1, gain.shape[-1]).sum(dim=1).view_as(gain).to(gain.dtype)
 
 
 @torch.library.custom_op("pyper::add_norm_forward", mutates_args=())
@@ -104,7 +111,7 @@ def add_norm_forward(
     N, D = x.shape
     block = block_of(D, LARGEST_DIM)
     _add_norm[(N,)](
-        *(x, out, gain, y, normed, scale, eps),
+        *(x, out, gain, y, normed, scale, N // n_gains(gain), eps),
         D=D,
         HAS_OUT=out is not None,
         BLOCK_D=block,
@@ -122,17 +129,18 @@ def _(x: Tensor, out: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, 
 def add_norm_gradient(
     dnormed: Tensor, dy: Tensor | None, y: Tensor, scale: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of y, its own `dy` included, and parts (P, D) float32 of that of the gain.
+    """The gradient of y, its own `dy` included, and parts (E · P, D) float32 of those of the gains.
 
-    dnormed, dy (N, D) contiguous. The parts are to be summed.
+    dnormed, dy (N, D) contiguous. The P parts of a gain are to be summed.
     """
-    dx, parts = _gradient_of(y)
+    dx, parts = _gradient_of(y, gain)
     N, D = y.shape
     block = block_of(D, LARGEST_DIM)
     reads_ahead = block * y.element_size() <= _LARGEST_AHEAD
-    _add_norm_gradient[(len(parts),)](
-        *(dnormed, dy, y.contiguous(), scale, gain, dx, parts, N),
-        PARTS=len(parts),
+    E = n_gains(gain)
+    _add_norm_gradient[(len(parts) // E, E)](
+        *(dnormed, dy, y.contiguous(), scale, gain, dx, parts, N // E),
+        PARTS=len(parts) // E,
         STAGES=3 if reads_ahead else 1,
         D=D,
         HAS_DY=dy is not None,
@@ -144,7 +152,12 @@ def add_norm_gradient(
 
 @add_norm_gradient.register_fake
 def _(dnormed: Tensor, dy: Tensor, y: Tensor, scale: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    return _gradient_of(y)
+    return _gradient_of(y, gain)
+
+
+def n_gains(gain: Tensor) -> int:
+    """E of gains (E, D), or 1."""
+    return gain.numel() // gain.shape[-1]
 
 
 def _forward_of(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +165,10 @@ def _forward_of(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return y, x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
 
 
-def _gradient_of(y: Tensor) -> tuple[Tensor, Tensor]:
-    parts = y.new_empty(min(_PARTS, len(y)), y.shape[1], dtype=torch.float32)
+def _gradient_of(y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    E = n_gains(gain)
+    each = min(max(1, _PARTS // E), len(y) // E)
+    parts = y.new_empty(E * each, y.shape[1], dtype=torch.float32)
     return y.new_empty(y.shape), parts
 
 
@@ -172,6 +187,7 @@ if launch.HAS_TRITON:
         y_ptr,
         normed_ptr,
         scale_ptr,
+        R,
         eps,
         D: tl.constexpr,
         HAS_OUT: tl.constexpr,
@@ -181,7 +197,7 @@ if launch.HAS_TRITON:
         d = tl.arange(0, BLOCK_D)
         at = n.to(tl.int64) * D + d
         y = tl.load(x_ptr + at, mask=d < D, other=0.0).to(tl.float32)
-        gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + n // R * D + d, mask=d < D, other=0.0).to(tl.float32)
         if HAS_OUT:
             y += tl.load(out_ptr + at, mask=d < D, other=0.0).to(tl.float32)
             rounded = y.to(y_ptr.dtype.element_ty)
@@ -200,20 +216,20 @@ if launch.HAS_TRITON:
         gain_ptr,
         dx_ptr,
         parts_ptr,
-        N,
+        R,
         PARTS: tl.constexpr,
         STAGES: tl.constexpr,
         D: tl.constexpr,
         HAS_DY: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        part = tl.program_id(0)
+        part, expert = tl.program_id(0), tl.program_id(1)
         d = tl.arange(0, BLOCK_D)
-        gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + expert * D + d, mask=d < D, other=0.0).to(tl.float32)
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
         # Rows are on their way while others are added up.
-        for row in tl.range(part, N, PARTS, num_stages=STAGES):
-            n = tl.cast(row, tl.int64)
+        for row in tl.range(part, R, PARTS, num_stages=STAGES):
+            n = tl.cast(expert, tl.int64) * R + row
             at = n * D + d
             y = tl.load(y_ptr + at, mask=d < D, other=0.0).to(tl.float32)
             dnormed = tl.load(dnormed_ptr + at, mask=d < D, other=0.0).to(tl.float32)
@@ -226,4 +242,5 @@ if launch.HAS_TRITON:
             if HAS_DY:
                 dx += tl.load(dy_ptr + at, mask=d < D, other=0.0).to(tl.float32)
             tl.store(dx_ptr + at, dx, mask=d < D)
-        tl.store(parts_ptr + part.to(tl.int64) * D + d, total, mask=d < D)
+        at = (expert * PARTS + part).to(tl.int64) * D + d
+        tl.store(parts_ptr + at, total, mask=d < D)
