@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -81,6 +82,18 @@ def test_the_kernel_matches_a_loop(
 ) -> None:
     with kernels(), poisoned():
         compare(paged_attention, shape, lengths, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(("shape", "lengths"), SHAPES)
+def test_the_last_part_puts_all_together_time_and_again(
+    shape: tuple[int, ...], lengths: list[int]
+) -> None:
+    tickets = torch.zeros(shape[0] * shape[2], dtype=torch.int32, device=DEVICE)
+    with kernels(), poisoned():
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+            compare(partial(paged_attention, tickets=tickets), shape, lengths, dtype)
+            assert not tickets.any()
 
 
 def as_product(tensors: list[Tensor]) -> list[Tensor]:
@@ -166,8 +179,9 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     """Shapes and types of the output; keys and values change, nothing else."""
     tensors, pages, positions = case((2, 4, 2, 16), [3, 17], torch.float32)
     module = importlib.import_module("pyper.kernels.paged_attention")
+    tickets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     with kernels():
-        given = (*tensors, pages, positions, PAGE, None, None, None, None, 0.0, False)
+        given = (*tensors, pages, positions, PAGE, None, None, None, None, 0.0, tickets, False)
         torch.library.opcheck(module._paged_attention_op, given)
 
 
@@ -189,10 +203,12 @@ def build(kernel, types, constants, warps):
     return triton.compile(source, target=target, options=options).asm["ptx"]
 
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-numbers = {"pages_ptr": "*i64", "positions_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+numbers = {"tickets_ptr": "*i32", "pages_ptr": "*i64", "positions_ptr": "*i64"}
+numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
 ptx = build(module._attend_part, sums | numbers, shape, 4)
 assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
 assert "mma.sync" in ptx

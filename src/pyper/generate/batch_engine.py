@@ -6,13 +6,13 @@ import torch
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
-from pyper.generate.decode_step import to_device
 from pyper.generate.draws import Draw, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader, Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running
 from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
 from pyper.generate.text import TextStream
+from pyper.generate.transfer import to_device
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
 

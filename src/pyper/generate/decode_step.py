@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyper.generate.thin_layers import ThinLayers
+from pyper.generate.transfer import to_device
 from pyper.generate.usual_layers import UsualLayers
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.rope import rotation
@@ -53,7 +54,11 @@ class DecodeStep:
             thin = not compiled and ThinLayers.pay_for(model, batch)
         every, c = torch.arange(n_pages * PAGE_TOKENS, device=model.device), model.config
         cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
-        self._layers = ThinLayers(cos, sin) if thin else UsualLayers(cos, sin, compiled=compiled)
+        self._layers = (
+            ThinLayers(cos, sin, batch * c.kv_heads)
+            if thin
+            else UsualLayers(cos, sin, compiled=compiled)
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             self._record(model, pool)
@@ -98,8 +103,3 @@ class DecodeStep:
     def _compute(self, model: Transformer) -> Tensor:
         tokens, positions, pages = self._inputs[:, 0], self._inputs[:, 1], self._inputs[:, 2:]
         return self._layers(model, self.store, tokens, positions.contiguous(), pages)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyper.generate.decode_step import to_device
 from pyper.generate.mixture_reader import Predictions
 from pyper.generate.running import Alternatives, Running
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw
+from pyper.generate.transfer import to_device
 
 
 @dataclass(frozen=True)

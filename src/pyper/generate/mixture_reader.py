@@ -8,7 +8,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pyper.generate.decode_step import to_device
 from pyper.generate.expert_passes import ExpertPasses
 from pyper.generate.mixing_state import (
     MixingState,
@@ -19,6 +18,7 @@ from pyper.generate.mixing_state import (
 from pyper.generate.pages import PagePool
 from pyper.generate.reading import Job, Reading, Text, begin_reading
 from pyper.generate.speculation import Drafter
+from pyper.generate.transfer import to_device
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
 from pyper.nn.kv_cache import ROW_TILE

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyper.errors import PromptError
+from pyper.generate.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SamplingBatch:
         """One row for each configuration."""
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device).unsqueeze(-1)
+            return to_device(torch.tensor(values), device).unsqueeze(-1)
 
         def optional(values: list[float], unused: float) -> Tensor | None:
             return None if all(v == unused for v in values) else column(values)

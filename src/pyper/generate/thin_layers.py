@@ -22,9 +22,10 @@ from pyper.nn.norm import RMSNorm
 class ThinLayers:
     """The same function as `UsualLayers`, of blocks whose norms come first."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """cos, sin: (S, K), of every position."""
+    def __init__(self, cos: Tensor, sin: Tensor, n_tickets: int) -> None:
+        """cos, sin: (S, K), of every position. n_tickets: texts · heads of keys at most."""
         self._cos, self._sin = cos, sin
+        self._tickets = torch.zeros(n_tickets, dtype=torch.int32, device=cos.device)
         # A layer without positions turns by nothing.
         self._ones, self._zeros = torch.ones_like(self._cos), torch.zeros_like(self._sin)
 
@@ -71,7 +72,9 @@ class ThinLayers:
         query, key, value = (part.unflatten(1, (-1, K)) for part in parts)
         turn = self._turn_of(attention)
         mixed = paged_attention(
-            *(query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn), overlap=True
+            *(query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn),
+            tickets=self._tickets,
+            overlap=True,
         )
         return thin_linear(mixed.flatten(1), thin_weight(attention.out), residual=x, overlap=True)
 

@@ -49,6 +49,7 @@ def paged_attention(
     page_tokens: int,
     turn: Turn | None = None,
     *,
+    tickets: Tensor | None = None,
     overlap: bool = False,
 ) -> Tensor:
     """Store key and value (B, kv_heads, K) of one token per text; what query (B, H, K) reads.
@@ -57,6 +58,8 @@ def paged_attention(
     changed in place. pages: (B, n_pages) int64, those of each text in order, `page_tokens` slots
     each; positions: (B,) int64, of the tokens in their texts. turn: None where query and key are
     turned already. The softmax is in float32. Returns (B, H, K) in the type of the query.
+    tickets: (B · kv_heads,) int32 zeros, and zero again afterwards: the last part of a text and
+    head puts all of them together, where otherwise a kernel of its own must.
     overlap: read positions, pages and cache while the kernel before still runs; that one must not
     have written them.
     """
@@ -68,6 +71,7 @@ def paged_attention(
     gains, eps = (turn.gains or (None, None), turn.eps) if turn else ((None, None), 0.0)
     return _paged_attention_op(
         *(query, key, value, keys, values, pages, positions, page_tokens, cos, sin, *gains, eps),
+        tickets,
         overlap,
     )
 
@@ -113,7 +117,7 @@ def _turned_torch(x: Tensor, turn: Turn, positions: Tensor, which: int) -> Tenso
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
-@torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values"))
+@torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values", "tickets"))
 def _paged_attention_op(
     query: Tensor,
     key: Tensor,
@@ -128,6 +132,7 @@ def _paged_attention_op(
     query_gain: Tensor | None,
     key_gain: Tensor | None,
     eps: float,
+    tickets: Tensor | None,
     overlap: bool,
 ) -> Tensor:
     """All but the first three and `pages` contiguous; of those, what one text has."""
@@ -142,11 +147,13 @@ def _paged_attention_op(
     # Blocks on their way fill a processor's shared memory twice; short parts fill no long block.
     tokens = 64 if n_parts == 1 and width * query.element_size() <= 256 else 32
     _attend_part[(B, n_kv_heads, n_parts)](
-        *(query, key, value, keys, values, pages, positions, part, log_sum),
+        *(query, key, value, keys, values, pages, positions, part, log_sum, out, tickets),
         *(cos, sin, query_gain, key_gain),
         *(query.stride(0), key.stride(0), value.stride(0), pages.stride(0), K**-0.5, eps),
         HAS_TURN=cos is not None,
         HAS_NORM=query_gain is not None,
+        HAS_TICKETS=tickets is not None and n_parts > 1,
+        MOST_PARTS=_MOST_PARTS,
         K=K,
         GROUPS=groups,
         PAGE=page_tokens,
@@ -157,7 +164,7 @@ def _paged_attention_op(
         num_stages=3,
         **options,
     )
-    if n_parts > 1:
+    if n_parts > 1 and tickets is None:
         sizes = {"K": K, "N_PARTS": n_parts, "BLOCK_K": width}
         _join_parts[(B * H,)](*(part, log_sum, out), **sizes, num_warps=2, **options)
     return out
@@ -178,6 +185,7 @@ def _(
     query_gain: Tensor | None,
     key_gain: Tensor | None,
     eps: float,
+    tickets: Tensor | None,
     overlap: bool,
 ) -> Tensor:
     return query.new_empty(query.shape)
@@ -225,6 +233,25 @@ if launch.HAS_TRITON:
         return page * PAGE + s % PAGE
 
     @triton.jit
+    def _join(
+        part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
+    ):
+        """The parts of a query, each by its share of the softmax, in their order."""
+        p = tl.arange(0, MOST_PARTS)
+        there = p < n_parts
+        # Others may have written them: not from a cache of this processor.
+        log_sum = tl.load(
+            log_sum_ptr + row * n_parts + p, mask=there, other=float("-inf"), cache_modifier=".cg"
+        )
+        weights = tl.exp(log_sum - tl.max(log_sum, axis=0))  # the first part is not empty
+        weights = weights / tl.sum(weights, axis=0)
+        at = (row * n_parts + p)[:, None] * K + d[None, :]
+        inside = there[:, None] & (d < K)[None, :]
+        parts = tl.load(part_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+        mixed = tl.sum(weights[:, None] * parts, axis=0)
+        tl.store(out_ptr + row * K + d, mixed, mask=d < K)
+
+    @triton.jit
     def _attend_part(
         query_ptr,
         key_ptr,
@@ -235,6 +262,8 @@ if launch.HAS_TRITON:
         positions_ptr,
         part_ptr,
         log_sum_ptr,
+        out_ptr,
+        tickets_ptr,
         cos_ptr,
         sin_ptr,
         query_gain_ptr,
@@ -247,6 +276,8 @@ if launch.HAS_TRITON:
         eps,
         HAS_TURN: tl.constexpr,
         HAS_NORM: tl.constexpr,
+        HAS_TICKETS: tl.constexpr,
+        MOST_PARTS: tl.constexpr,
         K: tl.constexpr,
         GROUPS: tl.constexpr,
         PAGE: tl.constexpr,
@@ -269,12 +300,13 @@ if launch.HAS_TRITON:
         values_ptr += h * K
         if OVERLAP:
             IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-            first = _slots(pages_ptr, start + each, past, PAGE)[:, None] * row_width
-            lines = first + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
+            tokens = _slots(pages_ptr, start + each, past, PAGE)[:, None] * row_width
+            lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
             ask_ahead(keys_ptr + lines)
             ask_ahead(values_ptr + lines)
         wait_for_others(OVERLAP)
-        row = (b * n_kv_heads + h) * GROUPS + g  # of the queries, in (B · H)
+        first = (b * n_kv_heads + h) * GROUPS
+        row = first + g  # of the queries, in (B · H)
         in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
         at_query = b * query_stride + (h * GROUPS + g) * K
         query = _read_heads(
@@ -326,6 +358,14 @@ if launch.HAS_TRITON:
         out = row * n_parts + part
         tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
         tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
+        if HAS_TICKETS:
+            tl.debug_barrier()  # all threads have stored their part of the part
+            ticket = tickets_ptr + b * n_kv_heads + h
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == n_parts - 1:
+                tl.debug_barrier()
+                for group in tl.static_range(GROUPS):
+                    _join(part_ptr, log_sum_ptr, out_ptr, first + group, n_parts, d, K, MOST_PARTS)
+                tl.store(ticket, 0)
 
     @triton.jit
     def _join_parts(
@@ -338,12 +378,5 @@ if launch.HAS_TRITON:
         OVERLAP: tl.constexpr = False,
     ):
         wait_for_others(OVERLAP)
-        row = tl.program_id(0)
-        p, d = tl.arange(0, N_PARTS), tl.arange(0, BLOCK_K)
-        log_sum = tl.load(log_sum_ptr + row * N_PARTS + p)
-        weights = tl.exp(log_sum - tl.max(log_sum, axis=0))  # the new token's part is not empty
-        weights = weights / tl.sum(weights, axis=0)
-        at = (row * N_PARTS + p)[:, None] * K + d[None, :]
-        parts = tl.load(part_ptr + at, mask=(d < K)[None, :], other=0.0)
-        mixed = tl.sum(weights[:, None] * parts, axis=0)
-        tl.store(out_ptr + row * K + d, mixed, mask=d < K)
+        d = tl.arange(0, BLOCK_K)
+        _join(part_ptr, log_sum_ptr, out_ptr, tl.program_id(0), N_PARTS, d, K, N_PARTS)

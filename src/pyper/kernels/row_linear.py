@@ -38,7 +38,7 @@ def linear_of_row(
     Only of weights that `takes` says so.
     """
     N, words = out.shape[1], weight.view(torch.int32)
-    block_n, block_w, warps = _blocks(N, words.shape[1])
+    block_n, block_w, warps = _blocks(N, words.shape[1], weight.element_size() == 1)
     _linear_of_row[(triton.cdiv(N, block_n),)](
         *(x, words, scale, bias, gain, residual, out, eps),
         N=N,
@@ -61,9 +61,15 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _STORED and weight.shape[1] * weight.element_size() % 4 == 0
 
 
-def _blocks(n_outputs: int, row_words: int) -> tuple[int, int, int]:
-    """Rows and words of the weight, and warps, of a program."""
-    return (2 if n_outputs < row_words else 4), 512, (4 if n_outputs <= 3 * row_words else 2)
+def _blocks(n_outputs: int, row_words: int, eight_bits: bool) -> tuple[int, int, int]:
+    """Rows and words of the weight, and warps, of a program: what was best on an H200."""
+    if n_outputs <= row_words:
+        return 4, 512, 4
+    if eight_bits:
+        return 8, 256, 2
+    if n_outputs <= 2 * row_words:
+        return 1, 256, 4
+    return (8, 256, 2) if n_outputs <= 6 * row_words else (4, 512, 2)
 
 
 if launch.HAS_TRITON:

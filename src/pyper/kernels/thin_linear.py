@@ -156,9 +156,9 @@ def _blocks(n_outputs: int, n_rows: int) -> tuple[int, int, int, int]:
 
     Each of a large GPU's processors should have a program at least, and some 32 kB on their way.
     """
-    if n_rows > 16:
-        return (16, 256, 4, 4) if n_outputs <= 4096 else (64, 256, 3, 4)
-    return (16 if n_outputs <= 4096 else 32), 256, 4, 4
+    if n_outputs <= 4096:
+        return 16, 256, 4, 4
+    return 64, 256, (4 if n_rows <= 16 else 3), 4
 
 
 def _ahead(row_bytes: int) -> int:

@@ -31,12 +31,19 @@ class Block(nn.Module):
         self, x: Tensor, context: AttentionContext, layer: int
     ) -> tuple[Tensor, Routed | None]:
         """Transform the residual stream x (B, T, D); what routing did, where there is any."""
-        x = self.add_attention(x, self.attention(self.attention_input(x), context, layer))
-        before = self.feed_forward_input(x)
+        x, before = self._attend(x, context, layer)
         if isinstance(self.feed_forward, SparseFeedForward):
             out, routed = self.feed_forward(before, context.rule, context.padding)
             return self.add_feed_forward(x, out), routed
         return self.add_feed_forward(x, self.feed_forward(before)), None
+
+    def _attend(self, x: Tensor, context: AttentionContext, layer: int) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the feed-forward reads of it."""
+        if not self.is_post_norm and self.attention_norm.runs_as_one(x):
+            x, before = self.attention_norm.add(x, None)
+            return self.feed_forward_norm.add(x, self.attention(before, context, layer))
+        x = self.add_attention(x, self.attention(self.attention_input(x), context, layer))
+        return x, self.feed_forward_input(x)
 
     def attention_input(self, x: Tensor) -> Tensor:
         """What attention reads of the residual stream."""
