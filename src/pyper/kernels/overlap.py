@@ -24,7 +24,9 @@ def overlap_options(wanted: bool, device: torch.device) -> dict[str, bool]:
 @cache
 def can_overlap(device: torch.device) -> bool:
     """Whether kernels may begin before others have ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 if launch.HAS_TRITON:
