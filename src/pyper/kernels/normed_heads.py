@@ -1,0 +1,378 @@
+"""Queries and keys of several experts: one product, then normalised and turned in one pass.
+
+Each head is normalised on its own (QK-norm) and turned by its position (RoPE). The backward pass
+reads the product and the gradients as attention leaves them, computes norms anew, and writes the
+product's gradient once; values lie in the product as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyper.kernels import launch
+from pyper.kernels.launch import block_of, wide
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+# Numbers of a tile: half of as many heads as that holds.
+_TILE = 1024
+# So many partial sums of the gains' gradients, whatever the GPU: results are to be the same.
+_PARTS = 1024
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def normed_heads(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    length: int,
+    eps: float,
+) -> Heads:
+    """Query (E·B, H, T, K), key and value (E·B, kv_heads, T, K) of x (E, B·T, D), T = `length`.
+
+    weight (E, (H + 2·kv_heads)·K, D), queries first, values last, with its bias. gains (E, 2, K) of
+    queries and keys, which are not normalised without. cos, signed sin: (T, 1, K), or
+    (E·B, T, 1, K) where positions differ by row; both halves of a head turn by the same angles.
+    """
+    settings = (n_heads, length, eps)
+    if not launch.runs_triton(x):
+        return normed_heads_torch(x, weight, bias, gains, cos, sin, *settings)
+    query, key, value = _NormedHeads.apply(x, weight, bias, gains, cos, sin, *settings)
+    return query, key, value
+
+
+def normed_heads_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    length: int,
+    eps: float,
+) -> Heads:
+    """The twin of `normed_heads`, in plain torch."""
+    (E, N, _), K = x.shape, cos.shape[-1]
+    heads = _product(x, weight, bias).view(E, N, -1, K)
+    n_kv_heads = (heads.shape[2] - n_heads) // 2
+    turned, value = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=2)
+    turned = turned.to(wide(x.dtype))
+    if gains is not None:
+        scale = (turned.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        counts = torch.tensor((n_heads, n_kv_heads), device=x.device)
+        turned = turned * scale * gains.repeat_interleave(counts, dim=1).unsqueeze(1)
+    turned = turned.reshape(-1, length, *turned.shape[2:])
+    partner = turned.roll(K // 2, dims=-1)
+    turned = torch.addcmul(turned * cos, partner, sin).to(x.dtype)
+    query, key = turned.split((n_heads, n_kv_heads), dim=2)
+    value = value.reshape(-1, length, n_kv_heads, K)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class _NormedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gains: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        n_heads: int,
+        length: int,
+        eps: float,
+    ) -> Heads:
+        K = cos.shape[-1]
+        cos, sin = cos.reshape(-1, K).float(), sin.reshape(-1, K).float()
+        product = _product(x, weight, bias)
+        n_kv_heads = (product.shape[-1] // K - n_heads) // 2
+        turned = turned_heads(product, gains, cos, sin, n_heads, n_kv_heads, eps)
+        ctx.save_for_backward(x, weight, product, gains, cos, sin)
+        ctx.eps = eps
+        heads = turned.view(-1, length, n_heads + n_kv_heads, K).transpose(1, 2)
+        query, key = heads.split((n_heads, n_kv_heads), dim=1)
+        value = product.view(-1, length, n_heads + 2 * n_kv_heads, K)[:, :, -n_kv_heads:]
+        return query, key, value.transpose(1, 2)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, product, gains, cos, sin = ctx.saved_tensors
+        dproduct, parts = heads_gradient(dquery, dkey, dvalue, product, gains, cos, sin, ctx.eps)
+        dgains = None
+        if gains is not None:
+            dgains = parts.view(len(gains), -1, *gains.shape[1:]).sum(dim=1).to(gains.dtype)
+        dbias = dproduct.sum(dim=1) if ctx.needs_input_grad[2] else None
+        dx, dweight = torch.bmm(dproduct, weight), torch.bmm(dproduct.mT, x)
+        return dx, dweight, dbias, dgains, None, None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+@torch.library.custom_op("pyper::turned_heads", mutates_args=())
+def turned_heads(
+    product: Tensor,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> Tensor:
+    """Queries and keys (E, N, (H + kv_heads)·K) of the product, normalised and turned.
+
+    product (E, N, (H + 2·kv_heads)·K); cos, sin (P, K) contiguous: row n is at position n mod P.
+    """
+    K, n_turned = cos.shape[1], n_heads + n_kv_heads
+    product = product.contiguous()
+    E, N, W = product.shape
+    out = _turned_of(product, n_turned * K)
+    block_k = block_of(K // 2, K)
+    rows = max(1, _TILE // block_k)
+    _turned_heads[(triton.cdiv(E * N * n_turned, rows),)](
+        *(product, gains, cos, sin, out, E * N * n_turned, N, len(cos), eps),
+        W=W,
+        H=n_heads,
+        TURNED=n_turned,
+        HALF=K // 2,
+        HAS_GAINS=gains is not None,
+        ROWS=rows,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return out
+
+
+@turned_heads.register_fake
+def _(
+    product: Tensor,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> Tensor:
+    return _turned_of(product, (n_heads + n_kv_heads) * cos.shape[1])
+
+
+@torch.library.custom_op("pyper::heads_gradient", mutates_args=())
+def heads_gradient(
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    product: Tensor,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The product's gradient (E, N, W), and parts (E · P, 2, K) float32 of that of the gains.
+
+    dquery (E·B, H, T, K), dkey, dvalue (E·B, kv_heads, T, K), in any order of their dimensions. The
+    P parts of an expert are to be summed; without gains they are empty.
+    """
+    product = product.contiguous()
+    dproduct, parts = _gradient_of(product, gains, cos)
+    (E, N, W), K, (_, H, T, _) = product.shape, cos.shape[1], dquery.shape
+    given = [part if part.stride(3) == 1 else part.contiguous() for part in (dquery, dkey, dvalue)]
+    block_k = block_of(K // 2, K)
+    rows = max(1, _TILE // block_k)
+    n_rows = N * (W // K)
+    programs = min(max(1, _PARTS // E), triton.cdiv(n_rows, rows))
+    _heads_gradient[(programs, E)](
+        *(argument for part in given for argument in (part, *part.stride()[:3])),
+        *(product, gains, cos, sin, dproduct, parts, n_rows, T, len(cos), eps),
+        H=H,
+        KV_HEADS=dkey.shape[1],
+        HALF=K // 2,
+        HAS_GAINS=gains is not None,
+        PARTS=programs,
+        ROWS=rows,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return dproduct, parts
+
+
+@heads_gradient.register_fake
+def _(
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    product: Tensor,
+    gains: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _gradient_of(product, gains, cos)
+
+
+def _turned_of(product: Tensor, width: int) -> Tensor:
+    return product.new_empty(*product.shape[:2], width)
+
+
+def _gradient_of(product: Tensor, gains: Tensor | None, cos: Tensor) -> tuple[Tensor, Tensor]:
+    (E, N, W), K = product.shape, cos.shape[1]
+    rows = max(1, _TILE // block_of(K // 2, K))
+    n_parts = 0 if gains is None else E * min(max(1, _PARTS // E), -(-N * (W // K) // rows))
+    parts = product.new_empty(n_parts, 2, K, dtype=torch.float32)
+    return product.new_empty(product.shape), parts
+
+
+if launch.HAS_TRITON:
+
+    @triton.jit
+    def _turned_heads(
+        product_ptr,
+        gains_ptr,
+        cos_ptr,
+        sin_ptr,
+        out_ptr,
+        n_rows,
+        N,
+        P,
+        eps,
+        W: tl.constexpr,
+        H: tl.constexpr,
+        TURNED: tl.constexpr,
+        HALF: tl.constexpr,
+        HAS_GAINS: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        # A row is one head of one token.
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        k = tl.arange(0, BLOCK_K)
+        inside = (row < n_rows)[:, None] & (k < HALF)[None, :]
+        n, h = row // TURNED, row % TURNED
+        left = (n.to(tl.int64) * W + h * (2 * HALF))[:, None] + k[None, :]
+        a = tl.load(product_ptr + left, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(product_ptr + left + HALF, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GAINS:
+            scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
+            at = ((n // N * 2 + (h >= H).to(tl.int32)) * (2 * HALF))[:, None] + k[None, :]
+            a *= scale * tl.load(gains_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            b *= scale * tl.load(gains_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        at = (n % P * (2 * HALF) + HALF)[:, None] + k[None, :]
+        cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
+        to = out_ptr + (row.to(tl.int64) * (2 * HALF))[:, None] + k[None, :]
+        tl.store(to, a * cos - b * sin, mask=inside)
+        tl.store(to + HALF, b * cos + a * sin, mask=inside)
+
+    @triton.jit
+    def _heads_gradient(
+        query_ptr,
+        query_b,
+        query_h,
+        query_t,
+        key_ptr,
+        key_b,
+        key_h,
+        key_t,
+        value_ptr,
+        value_b,
+        value_h,
+        value_t,
+        product_ptr,
+        gains_ptr,
+        cos_ptr,
+        sin_ptr,
+        out_ptr,
+        parts_ptr,
+        n_rows,
+        T,
+        P,
+        eps,
+        H: tl.constexpr,
+        KV_HEADS: tl.constexpr,
+        HALF: tl.constexpr,
+        HAS_GAINS: tl.constexpr,
+        PARTS: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        part, expert = tl.program_id(0), tl.program_id(1)
+        k = tl.arange(0, BLOCK_K)
+        heads: tl.constexpr = H + 2 * KV_HEADS
+        if HAS_GAINS:
+            own = gains_ptr + expert * (4 * HALF) + k
+            query_gain_a = tl.load(own, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
+            query_gain_b = tl.load(own + HALF, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
+            own += 2 * HALF
+            key_gain_a = tl.load(own, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
+            key_gain_b = tl.load(own + HALF, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
+            total_query_a = tl.zeros((BLOCK_K,), dtype=tl.float32)
+            total_query_b = tl.zeros((BLOCK_K,), dtype=tl.float32)
+            total_key_a = tl.zeros((BLOCK_K,), dtype=tl.float32)
+            total_key_b = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        for block in range(part * ROWS, n_rows, PARTS * ROWS):
+            # 1. which head of which token; the gradient of what was turned, from one of three
+            within = block + tl.arange(0, ROWS)
+            row = expert * n_rows + within
+            n, h = row // heads, row % heads
+            inside = (within < n_rows)[:, None] & (k < HALF)[None, :]
+            b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
+            is_query = (h < H)[:, None]
+            is_value = (h >= H + KV_HEADS)[:, None]
+            is_key = (is_query == 0) & (is_value == 0)
+            at = (b * query_b + t * query_t + h * query_h)[:, None] + k[None, :]
+            ga = tl.load(query_ptr + at, mask=inside & is_query, other=0.0).to(tl.float32)
+            gb = tl.load(query_ptr + at + HALF, mask=inside & is_query, other=0.0).to(tl.float32)
+            at = (b * key_b + t * key_t + (h - H) * key_h)[:, None] + k[None, :]
+            ga += tl.load(key_ptr + at, mask=inside & is_key, other=0.0).to(tl.float32)
+            gb += tl.load(key_ptr + at + HALF, mask=inside & is_key, other=0.0).to(tl.float32)
+            at = (b * value_b + t * value_t + (h - H - KV_HEADS) * value_h)[:, None] + k[None, :]
+            ga += tl.load(value_ptr + at, mask=inside & is_value, other=0.0).to(tl.float32)
+            gb += tl.load(value_ptr + at + HALF, mask=inside & is_value, other=0.0).to(tl.float32)
+
+            # 2. turned back; values by the angle 0
+            turns = inside & (is_value == 0)
+            at = (n % P * (2 * HALF) + HALF)[:, None] + k[None, :]
+            cos = tl.load(cos_ptr + at, mask=turns, other=1.0)
+            sin = tl.load(sin_ptr + at, mask=turns, other=0.0)
+            da, db = ga * cos + gb * sin, gb * cos - ga * sin
+
+            # 3. the norm's gradient, but for values
+            to = (row.to(tl.int64) * (2 * HALF))[:, None] + k[None, :]
+            if HAS_GAINS:
+                xa = tl.load(product_ptr + to, mask=turns, other=0.0).to(tl.float32)
+                xb = tl.load(product_ptr + to + HALF, mask=turns, other=0.0).to(tl.float32)
+                scale = tl.rsqrt(tl.sum(xa * xa + xb * xb, axis=1) / (2 * HALF) + eps)[:, None]
+                xa *= scale
+                xb *= scale
+                ya, yb = da * xa, db * xb  # of values 0
+                total_query_a += tl.sum(tl.where(is_query, ya, 0.0), axis=0)
+                total_query_b += tl.sum(tl.where(is_query, yb, 0.0), axis=0)
+                total_key_a += tl.sum(tl.where(is_query, 0.0, ya), axis=0)
+                total_key_b += tl.sum(tl.where(is_query, 0.0, yb), axis=0)
+                gain_a = tl.where(is_query, query_gain_a, key_gain_a)
+                gain_b = tl.where(is_query, query_gain_b, key_gain_b)
+                along = tl.sum(ya * gain_a + yb * gain_b, axis=1)[:, None] / (2 * HALF)
+                da = tl.where(is_value, da, (da * gain_a - xa * along) * scale)
+                db = tl.where(is_value, db, (db * gain_b - xb * along) * scale)
+            tl.store(out_ptr + to, da, mask=inside)
+            tl.store(out_ptr + to + HALF, db, mask=inside)
+        if HAS_GAINS:
+            to = parts_ptr + (expert * PARTS + part).to(tl.int64) * (4 * HALF) + k
+            tl.store(to, total_query_a, mask=k < HALF)
+            tl.store(to + HALF, total_query_b, mask=k < HALF)
+            tl.store(to + 2 * HALF, total_key_a, mask=k < HALF)
+            tl.store(to + 3 * HALF, total_key_b, mask=k < HALF)
