@@ -8,6 +8,7 @@ import torch
 from small_experts import BOS, small_expert, text_of
 from torch import Tensor
 
+from kernels.on_triton import DEVICE, kernels, needs_triton
 from pyper.nn import Transformer
 from pyper.nn.fp8_linear import use_fp8
 from pyper.nn.stacked_transformer import StackedTransformer, stacking_kind
@@ -62,6 +63,24 @@ def test_states_and_gradients_are_those_of_each_model_alone(
     torch.testing.assert_close(together, torch.stack(alone))
     for model, grads in zip(models, expected, strict=True):
         torch.testing.assert_close(grads_of(model), grads)
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_kernels_read_and_learn_the_same(changes: dict[str, Any]) -> None:
+    models = [model.float().to(DEVICE) for model in experts(**changes)]
+    tokens = texts().to(DEVICE)
+    plain = StackedTransformer(models).read(tokens)
+    loss_of(models, plain.unbind()).backward()
+    expected = [grads_of(m) for m in models]
+    for model in models:
+        model.zero_grad()
+    with kernels():
+        states = StackedTransformer(models).read(tokens)
+        loss_of(models, states.unbind()).backward()
+    torch.testing.assert_close(states, plain, rtol=1e-4, atol=1e-4)
+    for model, grads in zip(models, expected, strict=True):
+        torch.testing.assert_close(grads_of(model), grads, rtol=1e-3, atol=2e-4)
 
 
 def test_a_poisoned_expert_leaves_the_others_alone() -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyper.config import ExpertConfig
-from pyper.kernels import launch
+from pyper.kernels import add_norm, launch, norm_alone
 from pyper.kernels.activation import activate, activate_rows
+from pyper.kernels.normed_heads import normed_heads
 from pyper.nn.attention import AttentionContext
 from pyper.nn.causal_attention import causal_attention
 from pyper.nn.norm import rms_norm
@@ -86,14 +87,15 @@ def run_block(
     length: int,
 ) -> Tensor:
     """`Block.forward` of E blocks; x (E, N, D), N = B·T tokens in sequences of T = `length`."""
-    is_post = config.norm_position == "post"
-    before, after = weights["attention_norm.weight"], weights["feed_forward_norm.weight"]
-    out = _attention(
-        x if is_post else _norm(x, before, config), weights, config, context, rotates, length
-    )
-    x = x + (_norm(out, before, config) if is_post else out)
-    out = _feed_forward(x if is_post else _norm(x, after, config), weights, config)
-    return x + (_norm(out, after, config) if is_post else out)
+    first, second = weights["attention_norm.weight"], weights["feed_forward_norm.weight"]
+    if config.norm_position == "post":
+        out = _attention(x, weights, config, context, rotates, length)
+        x = x + _norm(out, first, config)
+        return x + _norm(_feed_forward(x, weights, config), second, config)
+    x, normed = _add_norm(x, None, first, config)
+    out = _attention(normed, weights, config, context, rotates, length)
+    x, normed = _add_norm(x, out, second, config)
+    return x + _feed_forward(normed, weights, config)
 
 
 def _attention(
@@ -104,6 +106,46 @@ def _attention(
     rotates: bool,
     length: int,
 ) -> Tensor:
+    heads = _heads if _runs_as_one(x, config, rotates) else _heads_step_by_step
+    query, key, value = heads(x, weights, config, context, rotates, length)
+    mixed = causal_attention(query, key, value, context.mask)
+    return _linear(
+        rearrange(mixed, "(e b) h t k -> e (b t) (h k)", e=len(x)), weights, "attention.out"
+    )
+
+
+def _runs_as_one(x: Tensor, config: ExpertConfig, rotates: bool) -> bool:
+    by_head = config.qk_norm_over == "head" or not config.qk_norm
+    return rotates and by_head and launch.runs_triton(x)
+
+
+def _heads(
+    x: Tensor,
+    weights: Weights,
+    config: ExpertConfig,
+    context: AttentionContext,
+    rotates: bool,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query (E·B, H, T, K), key and value (E·B, kv_heads, T, K), by kernels."""
+    weight, bias = weights["attention.qkv.weight"], weights.get("attention.qkv.bias")
+    gains = None
+    if config.qk_norm:
+        both = (weights["attention.q_norm.weight"], weights["attention.k_norm.weight"])
+        gains = torch.stack(both, dim=1)
+    turns = (context.cos, context.sin)
+    return normed_heads(x, weight, bias, gains, *turns, config.n_heads, length, config.norm_eps)
+
+
+def _heads_step_by_step(
+    x: Tensor,
+    weights: Weights,
+    config: ExpertConfig,
+    context: AttentionContext,
+    rotates: bool,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_heads` gives, by plain operations."""
     n_heads, n_kv_heads, K = config.n_heads, config.kv_heads, config.dim_per_head
     query_key, value = _linear(x, weights, "attention.qkv").split(
         ((n_heads + n_kv_heads) * K, n_kv_heads * K), dim=-1
@@ -114,11 +156,7 @@ def _attention(
     if rotates:
         query_key = apply_rotation(query_key, context.cos, context.sin)
     query, key = rearrange(query_key, "b t h k -> b h t k").split((n_heads, n_kv_heads), dim=1)
-    value = rearrange(value, "e (b t) (h k) -> (e b) h t k", t=length, k=K)
-    mixed = causal_attention(query, key, value, context.mask)
-    return _linear(
-        rearrange(mixed, "(e b) h t k -> e (b t) (h k)", e=len(x)), weights, "attention.out"
-    )
+    return query, key, rearrange(value, "e (b t) (h k) -> (e b) h t k", t=length, k=K)
 
 
 def _normalize(query_key: Tensor, weights: Weights, config: ExpertConfig) -> Tensor:
@@ -147,7 +185,20 @@ def _feed_forward(x: Tensor, weights: Weights, config: ExpertConfig) -> Tensor:
 
 def _norm(x: Tensor, gain: Tensor, config: ExpertConfig) -> Tensor:
     """RMSNorm of x (E, N, D) with gains (E, D)."""
+    # Compilers fuse the plain one with what stands around it.
+    if launch.runs_triton(x) and not torch.compiler.is_compiling():
+        return norm_alone(x, gain, config.norm_eps)
     return rms_norm(x, gain.unsqueeze(1), config.norm_eps)
+
+
+def _add_norm(
+    x: Tensor, out: Tensor | None, gain: Tensor, config: ExpertConfig
+) -> tuple[Tensor, Tensor]:
+    """x + out (x itself without) and its norm."""
+    if launch.runs_triton(x) and not torch.compiler.is_compiling():
+        return add_norm(x, out, gain, config.norm_eps)
+    x = x if out is None else x + out
+    return x, _norm(x, gain, config)
 
 
 def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
