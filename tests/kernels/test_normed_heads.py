@@ -1,5 +1,8 @@
 """Queries and keys of several experts, normalised and turned, against norms one by one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -177,3 +180,43 @@ def test_what_compilers_are_told_of_the_operators_is_true() -> None:
         for own in (gains, None):
             torch.library.opcheck(module.turned_heads, (product, own, cos, sin, 3, 1, EPS))
             torch.library.opcheck(module.heads_gradient, (*grads, product, own, cos, sin, EPS))
+
+
+BUILD = """
+import subprocess, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.compiler import ASTSource
+from pyper.kernels import normed_heads
+
+INTEGERS = {"n_rows", "N", "T", "P"}
+ptxas = Path(compiler.__file__).parent / "bin" / "ptxas"
+shape = dict(H=4, HALF=32, HAS_GAINS=True, ROWS=32, BLOCK_K=32)
+for kernel, constants in (
+    (normed_heads._turned_heads, dict(W=768, TURNED=8)),
+    (normed_heads._heads_gradient, dict(KV_HEADS=4, PARTS=128)),
+):
+    constants |= shape
+    wide = ("cos_ptr", "sin_ptr", "parts_ptr")
+    types = {n: "*fp32" if n in wide else "*bf16" for n in kernel.arg_names if n.endswith("_ptr")}
+    types |= {"eps": "fp32"} | {n: "constexpr" for n in constants}
+    signature = {n: types.get(n, "i32") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature)
+               if signature[n] == "i32" or "*" in signature[n]}
+    source = ASTSource(kernel, signature, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        Path(file.name).write_text(built.asm["ptx"])
+        command = [str(ptxas), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert " 0 bytes spill stores" in said, said
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_build_for_a_large_gpu_without_spills() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)

@@ -312,17 +312,11 @@ if launch.HAS_TRITON:
         part, expert = tl.program_id(0), tl.program_id(1)
         k = tl.arange(0, BLOCK_K)
         heads: tl.constexpr = H + 2 * KV_HEADS
-        if HAS_GAINS:
-            own = gains_ptr + expert * (4 * HALF) + k
-            query_gain_a = tl.load(own, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
-            query_gain_b = tl.load(own + HALF, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
-            own += 2 * HALF
-            key_gain_a = tl.load(own, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
-            key_gain_b = tl.load(own + HALF, mask=k < HALF, other=0.0).to(tl.float32)[None, :]
-            total_query_a = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            total_query_b = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            total_key_a = tl.zeros((BLOCK_K,), dtype=tl.float32)
-            total_key_b = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        if HAS_GAINS:  # added up over rows at the end only
+            total_query_a = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+            total_query_b = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+            total_key_a = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
+            total_key_b = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
         for block in range(part * ROWS, n_rows, PARTS * ROWS):
             # 1. which head of which token; the gradient of what was turned, from one of three
             within = block + tl.arange(0, ROWS)
@@ -359,12 +353,13 @@ if launch.HAS_TRITON:
                 xa *= scale
                 xb *= scale
                 ya, yb = da * xa, db * xb  # of values 0
-                total_query_a += tl.sum(tl.where(is_query, ya, 0.0), axis=0)
-                total_query_b += tl.sum(tl.where(is_query, yb, 0.0), axis=0)
-                total_key_a += tl.sum(tl.where(is_query, 0.0, ya), axis=0)
-                total_key_b += tl.sum(tl.where(is_query, 0.0, yb), axis=0)
-                gain_a = tl.where(is_query, query_gain_a, key_gain_a)
-                gain_b = tl.where(is_query, query_gain_b, key_gain_b)
+                total_query_a += tl.where(is_query, ya, 0.0)
+                total_query_b += tl.where(is_query, yb, 0.0)
+                total_key_a += tl.where(is_query, 0.0, ya)
+                total_key_b += tl.where(is_query, 0.0, yb)
+                at = ((expert * 2 + (h >= H).to(tl.int32)) * (2 * HALF))[:, None] + k[None, :]
+                gain_a = tl.load(gains_ptr + at, mask=turns, other=0.0).to(tl.float32)
+                gain_b = tl.load(gains_ptr + at + HALF, mask=turns, other=0.0).to(tl.float32)
                 along = tl.sum(ya * gain_a + yb * gain_b, axis=1)[:, None] / (2 * HALF)
                 da = tl.where(is_value, da, (da * gain_a - xa * along) * scale)
                 db = tl.where(is_value, db, (db * gain_b - xb * along) * scale)
@@ -372,7 +367,7 @@ if launch.HAS_TRITON:
             tl.store(out_ptr + to + HALF, db, mask=inside)
         if HAS_GAINS:
             to = parts_ptr + (expert * PARTS + part).to(tl.int64) * (4 * HALF) + k
-            tl.store(to, total_query_a, mask=k < HALF)
-            tl.store(to + HALF, total_query_b, mask=k < HALF)
-            tl.store(to + 2 * HALF, total_key_a, mask=k < HALF)
-            tl.store(to + 3 * HALF, total_key_b, mask=k < HALF)
+            tl.store(to, tl.sum(total_query_a, axis=0), mask=k < HALF)
+            tl.store(to + HALF, tl.sum(total_query_b, axis=0), mask=k < HALF)
+            tl.store(to + 2 * HALF, tl.sum(total_key_a, axis=0), mask=k < HALF)
+            tl.store(to + 3 * HALF, tl.sum(total_key_b, axis=0), mask=k < HALF)
