@@ -45,8 +45,9 @@ def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
         {"activation": "swiglu"},
         {"sparse": SparseConfig(n_experts=3, gate="sigmoid", shared_d_ff=8)},
         {"kind": "dense", "sparse": None},
+        {"kind": "dense", "sparse": None, "qk_norm": True, "n_kv_heads": 1},
     ],
-    ids=["plain", "biases", "swiglu", "sigmoid and shared", "dense"],
+    ids=["plain", "biases", "swiglu", "sigmoid and shared", "dense", "qk-norm"],
 )
 def test_losses_and_gradients_are_the_same_on_kernels(changes: dict[str, object]) -> None:
     usual, gradients = loss_and_gradients(a_model(**changes))

@@ -28,8 +28,8 @@ class RunSection(Section):
     jobs: int = Field(default=1, ge=1, le=256)
     """Experts (and the control) trained at the same time, each in a process of its own."""
     parallel_experts: bool | Literal["auto"] = "auto"
-    """Train all of them at once in one process, each on a GPU stream of its own; `auto`: on a GPU,
-    where experts are small. Same results."""
+    """Take the steps of all dense ones at once, in batched products of one process; `auto`: on a
+    GPU, where experts are small. Same results but for rounding."""
 
 
 class TrackConfig(Section):

@@ -15,6 +15,7 @@ from pyper.kernels.expert_choice import (
     expert_feed_forward_torch,
 )
 from pyper.kernels.feed_forward import dense_feed_forward, dense_feed_forward_torch
+from pyper.kernels.heads import normed_heads, normed_heads_torch
 from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
 from pyper.kernels.multi_tensor import TableCache
@@ -63,6 +64,8 @@ __all__ = [
     "nesterov",
     "nesterov_torch",
     "norm_alone",
+    "normed_heads",
+    "normed_heads_torch",
     "paged_attention",
     "paged_attention_torch",
     "rotated_heads",

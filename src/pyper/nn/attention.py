@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
-from pyper.kernels import launch, rotated_heads
+from pyper.kernels import launch, normed_heads, rotated_heads
 from pyper.nn.causal_attention import causal_attention
 from pyper.nn.kv_cache import CachePass
 from pyper.nn.norm import RMSNorm, rms_norm
@@ -66,8 +66,7 @@ class Attention(nn.Module):
         A layer without positions leaves them as they are.
         """
         if self.runs_as_one(x):
-            qkv, counts = self.qkv, (self.n_heads, self.n_kv_heads)
-            return rotated_heads(x, qkv.weight, qkv.bias, cos, sin, *counts)
+            return self._heads_as_one(x, cos, sin)
         # Queries and keys are normalised and turned together: fewer, larger operations.
         width, kv_width, _ = self.widths
         query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
@@ -84,9 +83,24 @@ class Attention(nn.Module):
         return query, key, value
 
     def runs_as_one(self, x: Tensor) -> bool:
-        """Whether training on x turns heads where their product lies, by kernels."""
-        plain = type(self.qkv) is nn.Linear and self.rotates and self.q_norm is None
-        return self.training and plain and launch.runs_triton(x)
+        """Whether training on x normalises and turns heads in one pass each way, by kernels."""
+        plain = type(self.qkv) is nn.Linear and self.rotates
+        by_head = self.by_head or self.q_norm is None
+        return self.training and plain and by_head and launch.runs_triton(x)
+
+    def _heads_as_one(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.q_norm is None or self.k_norm is None:
+            return rotated_heads(x, weight, bias, cos, sin, self.n_heads, self.n_kv_heads)
+        gains = torch.stack((self.q_norm.weight, self.k_norm.weight))
+        # Of one expert.
+        stacked = (
+            x.reshape(1, -1, x.shape[-1]),
+            weight[None],
+            None if bias is None else bias[None],
+        )
+        settings = (self.n_heads, x.shape[1], self.q_norm.eps)
+        return normed_heads(*stacked, gains[None], cos, sin, *settings)
 
     def _normalize(self, query_key: Tensor) -> Tensor:
         """QK-norm of queries and keys (B, T, H + kv_heads, K), each with its own gain."""

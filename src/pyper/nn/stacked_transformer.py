@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyper.config import ExpertConfig
-from pyper.kernels import add_norm, launch, norm_alone
+from pyper.kernels import add_norm, launch, norm_alone, normed_heads
 from pyper.kernels.activation import activate, activate_rows
-from pyper.kernels.normed_heads import normed_heads
 from pyper.nn.attention import AttentionContext
 from pyper.nn.causal_attention import causal_attention
 from pyper.nn.norm import rms_norm

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.on_triton import DEVICE, error, kernels, leaf, limit, needs_triton, poisoned, random
-from pyper.kernels import normed_heads as module
-from pyper.kernels.normed_heads import normed_heads, normed_heads_torch
+from pyper.kernels import heads, normed_heads, normed_heads_torch
 from pyper.nn.rope import rotation
 
 EPS = 1e-3
@@ -51,10 +50,10 @@ def naive(
     K, parts = cos.shape[-1], []
     for e, rows in enumerate(x):
         product = rows @ weight[e].T + (0 if bias is None else bias[e])
-        heads = product.view(-1, T, product.shape[-1] // K, K)
-        kv, own = (heads.shape[2] - H) // 2, []
-        B = len(heads)
-        for h, head in enumerate(heads.unbind(dim=2)):
+        split = product.view(-1, T, product.shape[-1] // K, K)
+        kv, own = (split.shape[2] - H) // 2, []
+        B = len(split)
+        for h, head in enumerate(split.unbind(dim=2)):
             if h < H + kv and gains is not None:
                 head = head / (head.square().mean(dim=-1, keepdim=True) + eps).sqrt()
                 head = head * gains[e, int(h >= H)]
@@ -136,8 +135,8 @@ def test_any_shape_will_do(E: int, B: int, T: int, kv: int, groups: int, half: i
 
 @needs_triton
 def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PARTS", 4)
-    monkeypatch.setattr(module, "_TILE", 16)
+    monkeypatch.setattr(heads, "_PARTS", 4)
+    monkeypatch.setattr(heads, "_TILE", 16)
     with kernels(), poisoned():
         compare(normed_heads, (2, 2, 7, 4, 2, 8), biased=True)
 
@@ -175,11 +174,11 @@ def test_it_compiles_without_a_break() -> None:
 def test_what_compilers_are_told_of_the_operators_is_true() -> None:
     cos, sin = (turn.squeeze(1) for turn in angles(2, 3, 4, by_row=False))
     product, gains = random(2, 3, 20), random(2, 2, 4, seed=1)
-    grads = [random(2, 3, heads, 4).transpose(1, 2) for heads in (3, 1, 1)]
+    grads = [random(2, 3, n, 4).transpose(1, 2) for n in (3, 1, 1)]
     with kernels():
         for own in (gains, None):
-            torch.library.opcheck(module.turned_heads, (product, own, cos, sin, 3, 1, EPS))
-            torch.library.opcheck(module.heads_gradient, (*grads, product, own, cos, sin, EPS))
+            torch.library.opcheck(heads.turned_heads, (product, own, cos, sin, 3, 1, EPS))
+            torch.library.opcheck(heads.heads_gradient, (*grads, product, own, cos, sin, EPS))
 
 
 BUILD = """
@@ -189,14 +188,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
-from pyper.kernels import normed_heads
+from pyper.kernels import heads
 
 INTEGERS = {"n_rows", "N", "T", "P"}
 ptxas = Path(compiler.__file__).parent / "bin" / "ptxas"
 shape = dict(H=4, HALF=32, HAS_GAINS=True, ROWS=32, BLOCK_K=32)
 for kernel, constants in (
-    (normed_heads._turned_heads, dict(W=768, TURNED=8)),
-    (normed_heads._heads_gradient, dict(KV_HEADS=4, PARTS=128)),
+    (heads._turned_heads, dict(W=768, TURNED=8)),
+    (heads._heads_gradient, dict(KV_HEADS=4, PARTS=128)),
 ):
     constants |= shape
     wide = ("cos_ptr", "sin_ptr", "parts_ptr")
