@@ -191,7 +191,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module = importlib.import_module("pyper.kernels.paged_attention")
+module = importlib.import_module("pyper.kernels.paged_attention_kernel")
 
 def build(kernel, types, constants, warps):
     names = kernel.arg_names
@@ -209,10 +209,10 @@ numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
 shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
-ptx = build(module._attend_part, sums | numbers, shape, 4)
+ptx = build(module.attend_part, sums | numbers, shape, 4)
 assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
 assert "mma.sync" in ptx
-build(module._join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
+build(module.join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
 """
 
 

@@ -16,10 +16,7 @@ from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
 
 if launch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from pyper.kernels.overlap import ask_ahead, wait_for_others
+    from pyper.kernels.paged_attention_kernel import attend_part, join_parts
 
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
@@ -146,7 +143,7 @@ def _paged_attention_op(
     options = overlap_options(overlap, query.device)
     # Blocks on their way fill a processor's shared memory twice; short parts fill no long block.
     tokens = 64 if n_parts == 1 and width * query.element_size() <= 256 else 32
-    _attend_part[(B, n_kv_heads, n_parts)](
+    attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum, out, tickets),
         *(cos, sin, query_gain, key_gain),
         *(query.stride(0), key.stride(0), value.stride(0), pages.stride(0), K**-0.5, eps),
@@ -166,7 +163,7 @@ def _paged_attention_op(
     )
     if n_parts > 1 and tickets is None:
         sizes = {"K": K, "N_PARTS": n_parts, "BLOCK_K": width}
-        _join_parts[(B * H,)](*(part, log_sum, out), **sizes, num_warps=2, **options)
+        join_parts[(B * H,)](*(part, log_sum, out), **sizes, num_warps=2, **options)
     return out
 
 
@@ -189,194 +186,3 @@ def _(
     overlap: bool,
 ) -> Tensor:
     return query.new_empty(query.shape)
-
-
-if launch.HAS_TRITON:
-    # Below every score, and finite: it can be subtracted from itself.
-    LOWEST = tl.constexpr(-1e30)
-
-    @triton.jit
-    def _read_heads(
-        x_ptr,
-        at,
-        d,
-        inside,
-        gain_ptr,
-        cos_ptr,
-        sin_ptr,
-        position,
-        eps,
-        K: tl.constexpr,
-        HAS_TURN: tl.constexpr,
-        HAS_NORM: tl.constexpr,
-    ):
-        """Rows (R, BLOCK_K) that begin at `at` (R,), normalised and turned, in float32."""
-        x = tl.load(x_ptr + at[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        if HAS_TURN:
-            half = (d + K // 2) % K  # the other number of the pair
-            pair = tl.load(x_ptr + at[:, None] + half[None, :], mask=inside, other=0.0)
-            pair = pair.to(tl.float32)
-            if HAS_NORM:
-                scale = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)[:, None]
-                x *= scale * tl.load(gain_ptr + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
-                gain = tl.load(gain_ptr + half, mask=d < K, other=0.0).to(tl.float32)
-                pair *= scale * gain[None, :]
-            cos = tl.load(cos_ptr + position * K + d, mask=d < K, other=0.0)
-            sin = tl.load(sin_ptr + position * K + d, mask=d < K, other=0.0)
-            x = x * cos[None, :] + pair * sin[None, :]
-        return x
-
-    @triton.jit
-    def _slots(pages_ptr, s, past, PAGE: tl.constexpr):
-        """Where tokens s of a text lie in the cache."""
-        page = tl.load(pages_ptr + s // PAGE, mask=s < past, other=0)
-        return page * PAGE + s % PAGE
-
-    @triton.jit
-    def _join(
-        part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
-    ):
-        """The parts of a query, each by its share of the softmax, in their order."""
-        p = tl.arange(0, MOST_PARTS)
-        there = p < n_parts
-        # Others may have written them: not from a cache of this processor.
-        log_sum = tl.load(
-            log_sum_ptr + row * n_parts + p, mask=there, other=float("-inf"), cache_modifier=".cg"
-        )
-        weights = tl.exp(log_sum - tl.max(log_sum, axis=0))  # the first part is not empty
-        weights = weights / tl.sum(weights, axis=0)
-        at = (row * n_parts + p)[:, None] * K + d[None, :]
-        inside = there[:, None] & (d < K)[None, :]
-        parts = tl.load(part_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
-        mixed = tl.sum(weights[:, None] * parts, axis=0)
-        tl.store(out_ptr + row * K + d, mixed, mask=d < K)
-
-    @triton.jit
-    def _attend_part(
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        keys_ptr,
-        values_ptr,
-        pages_ptr,
-        positions_ptr,
-        part_ptr,
-        log_sum_ptr,
-        out_ptr,
-        tickets_ptr,
-        cos_ptr,
-        sin_ptr,
-        query_gain_ptr,
-        key_gain_ptr,
-        query_stride,
-        key_stride,
-        value_stride,
-        pages_stride,
-        scale,
-        eps,
-        HAS_TURN: tl.constexpr,
-        HAS_NORM: tl.constexpr,
-        HAS_TICKETS: tl.constexpr,
-        MOST_PARTS: tl.constexpr,
-        K: tl.constexpr,
-        GROUPS: tl.constexpr,
-        PAGE: tl.constexpr,
-        BLOCK_G: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        OVERLAP: tl.constexpr = False,
-    ):
-        b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
-        g, d, each = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
-        # Parts are whole blocks: a part may be empty, and then weighs nothing.
-        position = tl.load(positions_ptr + b).to(tl.int32)
-        per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
-        start = part * per_part
-        past = tl.minimum(start + per_part, position)
-        pages_ptr += b * pages_stride
-        row_width = n_kv_heads * K
-        keys_ptr += h * K
-        values_ptr += h * K
-        if OVERLAP:
-            IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-            tokens = _slots(pages_ptr, start + each, past, PAGE)[:, None] * row_width
-            lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
-            ask_ahead(keys_ptr + lines)
-            ask_ahead(values_ptr + lines)
-        wait_for_others(OVERLAP)
-        first = (b * n_kv_heads + h) * GROUPS
-        row = first + g  # of the queries, in (B · H)
-        in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
-        at_query = b * query_stride + (h * GROUPS + g) * K
-        query = _read_heads(
-            *(query_ptr, at_query, d, in_query, query_gain_ptr, cos_ptr, sin_ptr, position, eps),
-            *(K, HAS_TURN, HAS_NORM),
-        ).to(keys_ptr.dtype.element_ty)
-        highest = tl.full((BLOCK_G,), LOWEST, dtype=tl.float32)
-        total = tl.zeros((BLOCK_G,), dtype=tl.float32)
-        mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
-        for block in range(start, past, BLOCK_S):
-            s = block + each
-            at = _slots(pages_ptr, s, past, PAGE)[:, None] * row_width + d[None, :]
-            there = (s < past)[:, None] & (d < K)[None, :]
-            key = tl.load(keys_ptr + at, mask=there, other=0.0)
-            value = tl.load(values_ptr + at, mask=there, other=0.0)
-            scores = scale * tl.dot(query, tl.trans(key), input_precision="ieee")  # (G, S)
-            scores = tl.where((s < past)[None, :], scores, float("-inf"))
-            now = tl.maximum(highest, tl.max(scores, axis=1))
-            weights = tl.exp(scores - now[:, None])
-            shrink = tl.exp(highest - now)
-            mixed = tl.dot(
-                weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee"
-            )
-            total = total * shrink + tl.sum(weights, axis=1)
-            highest = now
-        if part == 0:  # the new token, which is not in the cache yet
-            at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
-            new_key = _read_heads(
-                *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr),
-                *(position, eps, K, HAS_TURN, HAS_NORM),
-            )
-            new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
-            new_value = tl.load(value_ptr + b * value_stride + h * K + d, mask=d < K, other=0.0)
-            slot = (tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE) * row_width
-            tl.store(keys_ptr + slot + d, new_key, mask=d < K)
-            tl.store(values_ptr + slot + d, new_value, mask=d < K)
-            wide = query.to(tl.float32) * new_key.to(tl.float32)[None, :]
-            score = scale * tl.sum(wide, axis=1)
-            now = tl.maximum(highest, score)
-            shrink, weight = tl.exp(highest - now), tl.exp(score - now)
-            mixed = mixed * shrink[:, None]
-            mixed += weight[:, None] * new_value.to(tl.float32)[None, :]
-            total = total * shrink + weight
-            highest = now
-        nothing = total == 0
-        mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
-        log_sum = highest + tl.log(tl.where(nothing, 1.0, total))
-        log_sum = tl.where(nothing, float("-inf"), log_sum)
-        out = row * n_parts + part
-        tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
-        tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
-        if HAS_TICKETS:
-            tl.debug_barrier()  # all threads have stored their part of the part
-            ticket = tickets_ptr + b * n_kv_heads + h
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == n_parts - 1:
-                tl.debug_barrier()
-                for group in tl.static_range(GROUPS):
-                    _join(part_ptr, log_sum_ptr, out_ptr, first + group, n_parts, d, K, MOST_PARTS)
-                tl.store(ticket, 0)
-
-    @triton.jit
-    def _join_parts(
-        part_ptr,
-        log_sum_ptr,
-        out_ptr,
-        K: tl.constexpr,
-        N_PARTS: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        OVERLAP: tl.constexpr = False,
-    ):
-        wait_for_others(OVERLAP)
-        d = tl.arange(0, BLOCK_K)
-        _join(part_ptr, log_sum_ptr, out_ptr, tl.program_id(0), N_PARTS, d, K, N_PARTS)
