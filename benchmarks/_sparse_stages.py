@@ -1,8 +1,7 @@
 """The parts of the sparse layer, each with the bytes it must move or the products it must do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +11,8 @@ from torch import Tensor
 from pyper.kernels import choice, launch
 from pyper.kernels import rows as row_kernels
 from pyper.kernels.activation import activation_forward, activation_gradients
+from pyper.kernels.gelu_products import down_gradient_gelu, fits, up_gelu
 from pyper.kernels.router import logits_gradient, router_forward, router_weight_gradient
-
-if TYPE_CHECKING:
-    from _fused_products import Tile
 
 
 @dataclass(frozen=True)
@@ -119,43 +116,19 @@ def _feed_forward(
         gflop = 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2] / 1e9
         yield Stage(f"bmm {name}", lambda _, a=a, b=b: torch.bmm(a, b), gflop=gflop)
         yield Stage("  one mm per expert", lambda _, a=a, b=b: _one_by_one(a, b), gflop=gflop)
-    yield from _fused(rows, up, down, gates, index)
+    if fits(rows, up, down, "gelu", None):
+        yield from _fused(rows, up, down, gates, index)
 
 
 def _fused(rows: Tensor, up: Tensor, down: Tensor, gates: Tensor, index: Tensor) -> Iterator[Stage]:
-    """The trial: compare with the product and the pass over GELU that each replaces."""
-    if rows.dtype != torch.bfloat16:
-        return
-    from _fused_products import TILES, down_gradient_gelu, up_gelu
-
-    pre = torch.bmm(rows, up.mT)
-    hidden = activation_forward(pre, "gelu", index, gates)
-    dpre, _, _ = activation_gradients(torch.bmm(rows, down), pre, "gelu", index, gates, False)
-    gflop = 2 * rows.numel() * up.shape[1] / 1e9
-    for tile in (tile for tile in TILES if rows.shape[1] % tile.rows == 0):
-
-        def forward(tile: "Tile" = tile) -> Tensor:
-            return up_gelu(rows, up, gates, index, tile)[1]
-
-        def backward(tile: "Tile" = tile) -> Tensor:
-            return down_gradient_gelu(rows, down, pre, gates, index, tile)[0]
-
-        yield Stage(f"up + GELU in one, {tile}", _checked(forward, hidden), gflop=gflop)
-        yield Stage(f"its gradient, {tile}", _checked(backward, dpre), gflop=gflop)
-
-
-def _checked(run: Callable[[], Tensor], expected: Tensor) -> Step:
-    """Raises where the first result is wrong."""
-    seen: list[float] = []
-
-    def step(_: int) -> None:
-        out = run()
-        if not seen:
-            seen.append(((out.float() - expected.float()).norm() / expected.float().norm()).item())
-            if not seen[0] < 1e-2:
-                raise ValueError(f"wrong by {seen[0]:.1e}")
-
-    return step
+    """Each is a product and the pass over GELU behind it."""
+    pre, gflop = torch.bmm(rows, up.mT), 2 * rows.numel() * up.shape[1] / 1e9
+    yield Stage("up + GELU in one", lambda _: up_gelu(rows, up, gates, index), gflop=gflop)
+    yield Stage(
+        "  its gradient",
+        lambda _: down_gradient_gelu(rows, down, pre, gates, index, False),
+        gflop=gflop,
+    )
 
 
 def _one_by_one(a: Tensor, b: Tensor) -> Tensor:

@@ -182,8 +182,6 @@ def _mma_wait(pending: int, deps: list[Value]) -> Value:
 
 
 def _assembly(text: str, _: str, given: list[Value], *rest: Any) -> Value:
-    if text.startswith("tanh"):
-        return Value(given[0].data.tanh())
     assert text.startswith("cvt.rn.bf16x2")
     low, high = (x.data.to(torch.bfloat16).view(torch.int16).to(torch.int32) for x in given)
     return Value((high << 16) | (low & 0xFFFF))

@@ -20,6 +20,7 @@ from pyper.kernels.activation import (
     activation_gradients,
 )
 from pyper.kernels.choice import Choice, choose
+from pyper.kernels.gelu_products import down_gradient_gelu, fits, up_gelu
 from pyper.kernels.router import (
     logits_gradient,
     router_forward,
@@ -210,9 +211,13 @@ class _ExpertFeedForward(torch.autograd.Function):
         up_bias: Tensor | None,
         recompute: bool,
     ) -> Tensor:
-        pre = _up(rows, up, up_bias)
         token_index, gates = token_index.contiguous(), gates.contiguous()
-        hidden = activation_forward(pre, activation, token_index, gates)
+        ctx.in_products = fits(rows, up, down, activation, up_bias)
+        if ctx.in_products:
+            pre, hidden = up_gelu(rows, up, gates, token_index)
+        else:
+            pre = _up(rows, up, up_bias)
+            hidden = activation_forward(pre, activation, token_index, gates)
         kept = None if recompute else hidden
         ctx.save_for_backward(rows, token_index, gates, up, down, pre, kept)
         ctx.activation = activation
@@ -222,9 +227,14 @@ class _ExpertFeedForward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, token_index, gates, up, down, pre, hidden = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        dpre, dgates, again = activation_gradients(
-            torch.bmm(dy, down), pre, ctx.activation, token_index, gates, hidden is None
-        )
+        if ctx.in_products:
+            around = (gates, token_index, hidden is None)
+            dpre, dgates, again = down_gradient_gelu(dy, down, pre, *around)
+        else:
+            around = (token_index, gates, hidden is None)
+            dpre, dgates, again = activation_gradients(
+                torch.bmm(dy, down), pre, ctx.activation, *around
+            )
         hidden = again if hidden is None else hidden
         ddown = torch.bmm(dy.mT, hidden) if needed[4] else None
         drows = torch.bmm(dpre, up) if needed[0] else None

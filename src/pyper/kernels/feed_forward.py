@@ -13,6 +13,7 @@ from torch import Tensor
 from pyper.config.expert import Activation
 from pyper.kernels import launch
 from pyper.kernels.activation import activate, activation_forward, activation_gradients
+from pyper.kernels.gelu_products import down_gradient_gelu, fits, up_gelu
 
 
 def dense_feed_forward(
@@ -59,9 +60,14 @@ class _DenseFeedForward(torch.autograd.Function):
         up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
-        pre = F.linear(rows, up, up_bias)
-        # One expert that reads every row.
-        hidden = activation_forward(pre.unsqueeze(0), activation, None, None).squeeze(0)
+        # To the kernels this is one expert that reads every row.
+        one = (rows.unsqueeze(0), up.unsqueeze(0))
+        ctx.in_products = fits(*one, down.unsqueeze(0), activation, up_bias)
+        if ctx.in_products:
+            pre, hidden = (x.squeeze(0) for x in up_gelu(*one, None, None))
+        else:
+            pre = F.linear(rows, up, up_bias)
+            hidden = activation_forward(pre.unsqueeze(0), activation, None, None).squeeze(0)
         ctx.save_for_backward(rows, up, down, pre)
         ctx.activation = activation
         return F.linear(hidden, down, down_bias)
@@ -70,10 +76,14 @@ class _DenseFeedForward(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         rows, up, down, pre = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        dhidden = torch.mm(dout, down)
-        dpre, _, hidden = activation_gradients(
-            dhidden.unsqueeze(0), pre.unsqueeze(0), ctx.activation, None, None, needed[2]
-        )
+        if ctx.in_products:
+            one = (dout.unsqueeze(0), down.unsqueeze(0), pre.unsqueeze(0))
+            dpre, _, hidden = down_gradient_gelu(*one, None, None, needed[2])
+        else:
+            dhidden = torch.mm(dout, down).unsqueeze(0)
+            dpre, _, hidden = activation_gradients(
+                dhidden, pre.unsqueeze(0), ctx.activation, None, None, needed[2]
+            )
         dpre = dpre.squeeze(0)
         drows = torch.mm(dpre, up) if needed[0] else None
         dup = torch.mm(dpre.T, rows) if needed[1] else None
