@@ -1,6 +1,7 @@
 """Experts side by side read what each alone would read, and learn what each alone would learn."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,6 +82,20 @@ def test_kernels_read_and_learn_the_same(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(states, plain, rtol=1e-4, atol=1e-4)
     for model, grads in zip(models, expected, strict=True):
         torch.testing.assert_close(grads_of(model), grads, rtol=1e-3, atol=2e-4)
+
+
+def test_compiled_blocks_are_one_graph_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, tokens = experts(qk_norm=True), texts()
+    plain = StackedTransformer(models).read(tokens)
+    compiler = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    for model in models:
+        model.compile_blocks()
+    torch.compiler.reset()
+    states = StackedTransformer(models).read(tokens)
+    loss_of(models, states.unbind()).backward()
+    torch.testing.assert_close(states, plain)
+    assert len(grads_of(models[0])) == len(list(models[0].parameters()))
 
 
 def test_a_poisoned_expert_leaves_the_others_alone() -> None:
