@@ -272,8 +272,8 @@ def _language() -> types.SimpleNamespace:
     )
 
 
-def emulated(file: Path) -> dict[str, Any]:
-    """The names that `file` defines, its kernels as functions of the values above."""
+def emulated(*files: Path) -> dict[str, Any]:
+    """The names that `files` define, their kernels as functions of the values above."""
     gluon = types.SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f)
     barriers = types.SimpleNamespace(
         init=_init,
@@ -291,11 +291,10 @@ def emulated(file: Path) -> dict[str, Any]:
     names |= {"warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait}
     names |= {"fence_async_shared": lambda: None, "TensorDescriptor": None}
     names |= {"_normal_tail": _normal_tail, "__name__": __name__}
-    # its own imports, less those of the language
-    kept = re.sub(
-        r"^from (triton|pyper)\S* import (\([^)]*\)|.*)$", "", file.read_text(), flags=re.M
-    )
-    exec(compile(kept, str(file), "exec"), names)
+    # their own imports, less those of the language and of each other
+    imports = re.compile(r"^from (triton|pyper)\S* import (\([^)]*\)|.*)$", flags=re.M)
+    for file in files:
+        exec(compile(imports.sub("", file.read_text()), str(file), "exec"), names)
     return names
 
 

@@ -31,7 +31,10 @@ from pyper.kernels import gelu_products as products
 from pyper.kernels.activation import activation_forward, activation_gradients
 
 BF16 = torch.bfloat16
-KERNEL = Path(products.__file__).with_name("gelu_products_kernel.py")
+KERNELS = [
+    Path(products.__file__).with_name(f"{name}_kernel.py")
+    for name in ("gelu_slices", "gelu_products")
+]
 
 
 def launched_in_emulation(
@@ -52,7 +55,7 @@ def launched_in_emulation(
     around = [None if x is None else Pointer(x) for x in (parts, gates, index)]
     constants = {"E": E, "D": D, "F": d_ff, "BACK": backward}
     constants |= {"GATED": gates is not None, "AGAIN": words[2] is not None}
-    run(emulated(KERNEL)["product"], 5, *tiles, *around, C, **constants)
+    run(emulated(*KERNELS)["product"], 5, *tiles, *around, C, **constants)
 
 
 @contextmanager
@@ -255,7 +258,7 @@ import os, re, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from pyper.kernels import gelu_products_kernel as kernels
+from pyper.kernels import gelu_products_kernel as kernels, gelu_slices_kernel as slices
 
 def described(kind, shape, layout):
     return f"tensordesc<{kind}[{shape[0]}, {shape[1]}],{layout!r}>"
@@ -270,7 +273,7 @@ def build(E, back, gated, again):
     weight = described("bf16", (64, 256) if back else (256, 64), tiles)
     types = {"a_tiles": described("bf16", (64, 64), tiles), "b_tiles": weight}
     types |= {"C": "i32", "index_ptr": "*i64"}
-    words, names = described("i32", (64, 16), kernels.WORDS_LAYOUT), kernel.arg_names
+    words, names = described("i32", (64, 16), slices.WORDS_LAYOUT), kernel.arg_names
     default = {n: words if n.endswith("tiles") else "*fp32" for n in names}
     signature = {n: "constexpr" if n in constants else types.get(n, default[n]) for n in names}
     given = [i for i, n in enumerate(names) if signature[n][0] == "*" or n == "C"]

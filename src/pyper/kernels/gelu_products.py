@@ -147,7 +147,8 @@ def _launch(
     backward: bool,
 ) -> None:
     """One program for each multiprocessor. Both factors come with the blocks they are read in."""
-    from pyper.kernels.gelu_products_kernel import TILE_LAYOUT, WORDS_LAYOUT, product
+    from pyper.kernels.gelu_products_kernel import TILE_LAYOUT, product
+    from pyper.kernels.gelu_slices_kernel import WORDS_LAYOUT
 
     (E, C, D), d_ff = a[0].shape, words[0].shape[2]
     tiles = [_tiles(x, block, TILE_LAYOUT) for x, block in (a, b)]

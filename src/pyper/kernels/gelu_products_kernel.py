@@ -19,7 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pyper.kernels.activation import _normal_tail
+from pyper.kernels.gelu_slices_kernel import (
+    BUFFER_LAYOUT,
+    IN_SLICE,
+    SLICES,
+    WORDS,
+    finish,
+    packed,
+    send_for,
+)
 
 ROWS, COLS, DEPTH = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64)
 """Of a tile, and of one step of its products."""
@@ -28,22 +36,7 @@ STAGES = gl.constexpr(4)
 """Steps that are fetched ahead."""
 GROUP = gl.constexpr(16)
 """Tile rows that go together through the weight."""
-SLICES, WORDS = gl.constexpr(8), gl.constexpr(16)
-"""Parts of a tile whose activation is done at once, and their width: two numbers a word."""
 TILE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
-# 64 rows of 16 words, as the copy engine wants them.
-WORDS_LAYOUT = gl.NVMMASharedLayout(64, 32, 2)
-# Which thread holds which words of a slice: as the products leave them.
-_IN_SLICE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], [0, 4], [0, 8]],
-        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 16],
-    )
-)
-_WORDS_LAYOUT = gl.constexpr(WORDS_LAYOUT)
 
 
 @gluon.jit
@@ -108,128 +101,6 @@ def _multiply(acc, step, first, ring, N: gl.constexpr, WHICH: gl.constexpr, BACK
 
 
 @gluon.jit
-def _pair(low, high):
-    """Two numbers as bf16 in one word."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], gl.int32, True, 1
-    )
-
-
-@gluon.jit
-def _unpair(pair):
-    low = (pair << 16).to(gl.float32, bitcast=True)
-    high = (pair & -65536).to(gl.float32, bitcast=True)
-    return low, high
-
-
-@gluon.jit
-def _slices(x, N: gl.constexpr):
-    """N equal parts of the columns, from left to right."""
-    if N == 1:
-        parts = (gl.convert_layout(x, _IN_SLICE, assert_trivial=True),)
-    else:
-        halves = gl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-        left, right = gl.split(gl.permute(halves, (0, 2, 1)))
-        parts = _slices(left, N // 2) + _slices(right, N // 2)
-    return parts
-
-
-@gluon.jit
-def _packed(acc):
-    """The sums as bf16, two in a word, in slices."""
-    low, high = gl.split(gl.reshape(acc, (acc.shape[0], acc.shape[1] // 2, 2)))
-    return _slices(_pair(low, high), SLICES)
-
-
-@gluon.jit
-def _value_and_slope(x):
-    """GELU and its derivative."""
-    tail, bell = _normal_tail(x)
-    value = gl.maximum(x, 0.0) - gl.abs(x) * tail
-    slope = gl.where(x > 0, 1.0 - tail, tail) + x * bell * 0.3989422804014327
-    return value, slope
-
-
-@gluon.jit
-def _weighed(low, high, gate, GATED: gl.constexpr):
-    """Both numbers by the gate of their row, as one word."""
-    if GATED:
-        low *= gate[:, None]
-        high *= gate[:, None]
-    return _pair(low, high)
-
-
-@gluon.jit
-def _activate(x, gate, place, out, GATED: gl.constexpr):
-    """Writes a slice of pre and of the hidden rows."""
-    tiles, buffers, _ = out
-    low, high = _unpair(x)
-    low, _ = _value_and_slope(low)
-    high, _ = _value_and_slope(high)
-    y = _weighed(low, high, gate, GATED)
-    tma.store_wait(0)
-    buffers[0].store(x)
-    buffers[1].store(y)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(tiles[0], place, buffers[0])
-    tma.async_copy_shared_to_global(tiles[1], place, buffers[1])
-
-
-@gluon.jit
-def _differentiate(
-    dhidden, gate, dot, s, place, next_place, more, out, GATED: gl.constexpr, AGAIN: gl.constexpr
-):
-    """Writes a slice of dpre (and of the hidden rows) and sends for the next one of pre.
-
-    Returns the sums for the gates.
-    """
-    tiles, buffers, came = out
-    mbarrier.wait(came, s & 1)
-    x = buffers[0].load(dhidden.type.layout)
-    _send_for(tiles[0], next_place, came, buffers[0], more)
-    low, high = _unpair(x)
-    dlow, dhigh = _unpair(dhidden)
-    low, low_slope = _value_and_slope(low)
-    high, high_slope = _value_and_slope(high)
-    y = _weighed(dlow * low_slope, dhigh * high_slope, gate, GATED)
-    if GATED:
-        dot += gl.sum(dlow * low + dhigh * high, axis=1)
-    tma.store_wait(0)
-    buffers[1].store(y)
-    if AGAIN:
-        buffers[2].store(_weighed(low, high, gate, GATED))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(tiles[1], place, buffers[1])
-    if AGAIN:
-        tma.async_copy_shared_to_global(tiles[2], place, buffers[2])
-    return dot
-
-
-@gluon.jit
-def _send_for(tiles, place, came, buffer, wanted):
-    mbarrier.expect(came, buffer.shape[0] * buffer.shape[1] * 4, pred=wanted)
-    tma.async_copy_global_to_shared(tiles, place, came, buffer, pred=wanted)
-
-
-@gluon.jit
-def _finish(
-    x, last, s, next_at, more, out, BACK: gl.constexpr, GATED: gl.constexpr, AGAIN: gl.constexpr
-):
-    """Slice s of the last tile (gate, dot, row, column in words); `more` tiles follow."""
-    gate, dot, row, word = last
-    place = [row, word + s * WORDS]
-    if BACK:
-        ends = s == SLICES - 1
-        next_row, next_word = next_at
-        next_place = [gl.where(ends, next_row, row), gl.where(ends, next_word, place[1] + WORDS)]
-        wanted = more | (s < SLICES - 1)
-        dot = _differentiate(x, gate, dot, s, place, next_place, wanted, out, GATED, AGAIN)
-    else:
-        _activate(x, gate, place, out, GATED)
-    return dot
-
-
-@gluon.jit
 def _work(
     out,
     parts_ptr,
@@ -246,7 +117,7 @@ def _work(
     AGAIN: gl.constexpr,
 ):
     """One of two groups of warps: its 64 rows of each tile."""
-    ROW: gl.constexpr = gl.SliceLayout(1, _IN_SLICE)
+    ROW: gl.constexpr = gl.SliceLayout(1, IN_SLICE)
     STEPS: gl.constexpr = D // DEPTH // SLICES
     # The groups take turns: one activates while the other multiplies.
     EARLY: gl.constexpr = 1 + WHICH * (STEPS // 2)
@@ -256,7 +127,7 @@ def _work(
     acc = gl.zeros(
         (HALF, COLS), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     )
-    parts = _packed(acc)
+    parts = packed(acc)
     gate = gl.zeros((HALF,), gl.float32, ROW)
     dot = gl.zeros((HALF,), gl.float32, ROW)
     step = 0
@@ -270,14 +141,14 @@ def _work(
             token = gl.load(index_ptr + next_row + rows).to(gl.int32)
         first = step
         if BACK:
-            _send_for(tiles[0], [next_row, next_word], came, buffers[0], first == 0)
+            send_for(tiles[0], [next_row, next_word], came, buffers[0], first == 0)
         # A share of this tile's products, and a slice of the last tile while some of them run.
         for s in range(SLICES):
             acc, step = _multiply(acc, step, first, ring, EARLY, WHICH, BACK)
             if first > 0:
                 last = (gate, dot, row, word)
                 next_at = (next_row, next_word)
-                dot = _finish(parts[0], last, s, next_at, True, out, BACK, GATED, AGAIN)
+                dot = finish(parts[0], last, s, next_at, True, out, BACK, GATED, AGAIN)
             acc, step = _multiply(acc, step, first, ring, STEPS - EARLY, WHICH, BACK)
             parts = parts[1:] + parts[:1]
         if BACK and GATED:
@@ -288,13 +159,13 @@ def _work(
             gate = gl.load(gates_ptr + token * E + expert)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        parts = _packed(acc)
+        parts = packed(acc)
         row = next_row
         word = next_word
     if step > 0:
         for s in gl.static_range(SLICES):
             last = (gate, dot, row, word)
-            dot = _finish(parts[s], last, s, (0, 0), False, out, BACK, GATED, AGAIN)
+            dot = finish(parts[s], last, s, (0, 0), False, out, BACK, GATED, AGAIN)
         if BACK and GATED:
             gl.store(parts_ptr + word // (COLS // 2) * (E * C) + row + rows, dot)
     tma.store_wait(0)
@@ -327,7 +198,7 @@ def product(
         b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, DEPTH, COLS], b_tiles.layout)
     else:
         b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLS, DEPTH], b_tiles.layout)
-    buffers = gl.allocate_shared_memory(gl.int32, [4 + 2 * AGAIN, HALF, WORDS], _WORDS_LAYOUT)
+    buffers = gl.allocate_shared_memory(gl.int32, [4 + 2 * AGAIN, HALF, WORDS], BUFFER_LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     came = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
