@@ -84,6 +84,7 @@ def test_kernels_read_and_learn_the_same(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(grads_of(model), grads, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it does itself
 def test_compiled_blocks_are_one_graph_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     models, tokens = experts(qk_norm=True), texts()
     plain = StackedTransformer(models).read(tokens)
