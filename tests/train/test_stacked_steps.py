@@ -1,6 +1,7 @@
 """Experts whose steps are taken at once learn what each of them would learn alone."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -194,6 +195,40 @@ def test_the_others_go_on_when_one_fails(training_data: TrainingData, tmp_path: 
     assert isinstance(results[2], OSError)
     for number in (0, 3):
         torch.testing.assert_close(results[number][1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_loop_goes_on_before_all_steps_are_taken(
+    training_data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of two shapes: the second step would run beside what follows the first."""
+    events: list[str] = []
+    usual = StackedStep._compute
+
+    def noted(self: StackedStep, batches: Sequence[Batch]) -> Tensor:
+        events.append("begin")
+        time.sleep(0.05)
+        sums = usual(self, batches)
+        events.append("end")
+        return sums
+
+    def goes_on(step: int) -> bool:
+        events.append("loop")
+        return False
+
+    monkeypatch.setattr(StackedStep, "_compute", noted)
+    sizes = (4, 4, 2, 2)
+    loops = [
+        loop_of(
+            Expert(steps=3, seed=i, micro_batch_size=size),
+            training_data,
+            tmp_path / str(i),
+            torch.float32,
+            should_stop=goes_on,
+        )
+        for i, size in enumerate(sizes)
+    ]
+    at_once(loops)
+    assert events == (["begin", "end"] * 2 + ["loop"] * len(sizes)) * 3
 
 
 def test_whoever_still_waits_when_stepping_ends_gets_an_error(

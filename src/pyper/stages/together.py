@@ -84,7 +84,7 @@ def _train(
 ) -> TrainResult:
     """In a thread of its own; an error asks the others to stop."""
     try:
-        with _current(context.device), loop as new_step:
+        with loop as new_step, _current(context.device):
             return train_unit(
                 context, assigned, unit, Silent(), lambda _: stop() or ended.is_set(), new_step
             )

@@ -123,15 +123,19 @@ class StackedSteps:
     def _step(self, requests: Sequence[_Request]) -> None:
         groups = list(_groups_of(sorted(requests, key=lambda r: r.member.number)))
         self._forget_all_but([tuple(r.member for r in group) for group in groups])
-        for group in groups:
-            try:
-                results = self._results_of(group)
-            except Exception as error:  # of all of them: out of memory, mostly
-                results = [error] * len(group)
-            for request, result in zip(group, results, strict=True):
+        results = [self._results_of(group) for group in groups]
+        # Only now: a loop that goes on uses the device.
+        for group, own in zip(groups, results, strict=True):
+            for request, result in zip(group, own, strict=True):
                 request.answer(result)
 
     def _results_of(self, group: Sequence[_Request]) -> Sequence[StepResult | Exception]:
+        try:
+            return self._take(group)
+        except Exception as error:  # of all of them: out of memory, mostly
+            return [error] * len(group)
+
+    def _take(self, group: Sequence[_Request]) -> Sequence[StepResult | Exception]:
         first = group[0]
         if len(group) == 1:
             return [first.member.alone(first.micro_batches, first.rate_factor)]
