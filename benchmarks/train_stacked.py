@@ -37,7 +37,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 WARM_UP = 6
 # A step that never ends says where it hangs.
-PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 120
 Shape = dict[str, Any]
 ON_A_GPU: Shape = {"vocab_size": 8192, "seq_len": 512, "d_model": 256, "n_layers": 4, "n_heads": 4}
 QUICKSTART: Shape = {"vocab_size": 2048, "seq_len": 128, "d_model": 96, "n_layers": 3, "n_heads": 3}
