@@ -257,7 +257,7 @@ if launch.HAS_TRITON:
         ROWS: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        # A row is one head of one token.
+        # A row is one head of one token; 2³¹ of them would not fit any memory.
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         k = tl.arange(0, BLOCK_K)
         inside = (row < n_rows)[:, None] & (k < HALF)[None, :]
