@@ -9,7 +9,6 @@ from torch import Tensor
 from pyper.generate.expert_runner import ExpertRunner
 from pyper.generate.pages import PagePool
 from pyper.generate.reading import Job, Reading, Text
-from pyper.kernels.launch import ON_TRIAL
 from pyper.mixture import Mixture
 from pyper.nn import KVStore, Transformer
 
@@ -68,7 +67,7 @@ class ExpertPasses:
     def _runner(self, model: Transformer) -> ExpertRunner:
         runner = self._runners.get(model)
         if runner is None:
-            is_gpu = model.device.type == "cuda" and ON_TRIAL
+            is_gpu = model.device.type == "cuda"
             if is_gpu and self._graph_pool is None:
                 self._graph_pool = torch.cuda.graph_pool_handle()
             runner = self._runners[model] = ExpertRunner(

@@ -18,6 +18,8 @@ from pyper.nn.block import Block
 from pyper.nn.feed_forward import FeedForward
 from pyper.nn.norm import RMSNorm
 
+_SHARED_BYTES = 200_000
+
 
 class ThinLayers:
     """The same function as `UsualLayers`, of blocks whose norms come first."""
@@ -40,7 +42,8 @@ class ThinLayers:
         """Whether they run where the model is, and a batch is small enough."""
         weight = model.embedding.weight
         narrow = weight.dtype == torch.bfloat16 and batch <= MOST_ROWS
-        return narrow and launch.runs_triton(weight) and ThinLayers.fit(model.config)
+        runs = launch.runs_triton(weight) and _has_room(weight.device)
+        return narrow and runs and ThinLayers.fit(model.config)
 
     def __call__(
         self, model: Transformer, store: KVStore, tokens: Tensor, positions: Tensor, pages: Tensor
@@ -96,3 +99,12 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
 
 def _input_norm(norm: RMSNorm) -> InputNorm:
     return InputNorm(norm.weight, norm.eps)
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether blocks of weights that are on their way fit a processor's shared memory."""
+    if device.type != "cuda":
+        return True
+    # Not every build of torch knows it; what has so much does.
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= _SHARED_BYTES

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
-# What has been tested in Triton's interpreter and on CPUs, but not yet on a GPU as it is now, runs
-# there only where it is asked for: kernels, steps and decoding as CUDA graphs, experts together.
+# What has been tested in Triton's interpreter and on CPUs, but not in every part on a GPU, runs
+# there only where it is asked for: experts side by side, heads with QK-norm in one pass.
 ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
@@ -17,9 +17,9 @@ _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
 def runs_triton(x: Tensor) -> bool:
     """Whether work on x goes to a Triton kernel: bf16, fp32 or an index on CUDA, with Triton.
 
-    Kernels run on the current device, which is to be that of x. They are on trial (`ON_TRIAL`).
+    Kernels run on the current device, which is to be that of x.
     """
-    return HAS_TRITON and ON_TRIAL and x.is_cuda and x.dtype in _DTYPES
+    return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES
 
 
 def block_of(size: int, largest: int) -> int:

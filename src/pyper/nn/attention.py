@@ -85,8 +85,8 @@ class Attention(nn.Module):
     def runs_as_one(self, x: Tensor) -> bool:
         """Whether training on x normalises and turns heads in one pass each way, by kernels."""
         plain = type(self.qkv) is nn.Linear and self.rotates
-        by_head = self.by_head or self.q_norm is None
-        return self.training and plain and by_head and launch.runs_triton(x)
+        known = self.q_norm is None or (self.by_head and launch.ON_TRIAL)
+        return self.training and plain and known and launch.runs_triton(x)
 
     def _heads_as_one(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.qkv.weight, self.qkv.bias

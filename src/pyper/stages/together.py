@@ -30,8 +30,8 @@ _MEMORY_SHARE = 0.6
 def pays_together(context: Context, n_units: int) -> bool:
     """What `run.parallel_experts` says; for "auto": on a GPU, where experts are small and fit.
 
-    Only dense experts in 16 or 32 bits go side by side. On trial (`ON_TRIAL`): measured on a CPU
-    only, where it changes nothing.
+    Only dense experts in 16 or 32 bits go side by side. On trial (`ON_TRIAL`): with Muon,
+    not all of its tests on a GPU pass yet.
     """
     wanted = context.run.run.parallel_experts
     if context.model.kind != "dense" or context.run.train.precision == "fp8":

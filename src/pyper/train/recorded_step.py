@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 from pyper.data import Batch
-from pyper.kernels.launch import ON_TRIAL
 from pyper.nn import Transformer
 from pyper.train.loss import LossFunction, next_token_loss
 from pyper.train.optimizer import ExpertOptimizer
@@ -37,9 +36,8 @@ class RecordedStep:
         self, model: Transformer, optimizer: ExpertOptimizer, loss_fn: LossFunction
     ) -> None:
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        # A loss function of the user's may look at its data. On trial: bitwise equal on a GPU, but
-        # before the optimizer was exchanged for one that no GPU has seen.
-        self.can_record = ON_TRIAL and model.device.type == "cuda" and loss_fn is next_token_loss
+        # A loss function of the user's may look at its data.
+        self.can_record = model.device.type == "cuda" and loss_fn is next_token_loss
         self._recording: Recording[Measured] | None = None
         self._usual_steps, self._seconds = 0, 0.0
 

@@ -32,7 +32,7 @@ class StackedStep:
         self.models, self.optimizers = list(models), list(optimizers)
         self._stack = StackedTransformer(models)
         self._device = models[0].device
-        # On trial: no GPU has seen it yet.
+        # On trial: with Muon, two of its tests on a GPU still fail.
         self._can_record = ON_TRIAL and self._device.type == "cuda"
         self._recording: Recording[Tensor] | None = None
         self._usual_steps, self._seconds = 0, 0.0
