@@ -124,6 +124,31 @@ def test_weights_and_states_are_those_that_are_saved(train: dict[str, Any]) -> N
     assert reckoned == pytest.approx(saved, rel=0.03)
 
 
+def test_an_expert_of_8x1b5_needs_what_was_measured_on_a_gpu() -> None:
+    """41.9 · 10⁹ bytes at the most: `benchmarks/train_expert.py`, 8 × 2,048 tokens, compiled."""
+    run = RunConfig(
+        data=DataConfig(seq_len=2048),
+        model=ExpertConfig(
+            vocab_size=32_768,
+            seq_len=2048,
+            bos_id=0,
+            d_model=2048,
+            n_layers=28,
+            n_heads=16,
+            d_ff=8192,
+        ),
+        train=TrainConfig(
+            precision="bf16",
+            optimizer="adamw",
+            seed_fraction=0,
+            steps=1,
+            global_batch_tokens=8 * 2048,
+            micro_batch_size=8,
+        ),
+    )
+    assert training_memory(run, on_kernels=True)["total"] == pytest.approx(41.9e9, rel=0.1)
+
+
 def test_several_micro_batches_need_sums_in_float32() -> None:
     one = training_memory(run_of({"precision": "bf16"}))
     two = training_memory(run_of({"precision": "bf16", "micro_batch_size": 2}))

@@ -43,7 +43,7 @@ def pays_together(context: Context, n_units: int) -> bool:
     if count_parameters(context.model) > _SMALL_PARAMETERS:
         return False
     total = torch.cuda.get_device_properties(context.device).total_memory
-    return n_units * training_memory(context.run)["total"] <= _MEMORY_SHARE * total
+    return n_units * training_memory(context.run, on_kernels=True)["total"] <= _MEMORY_SHARE * total
 
 
 def train_together(
