@@ -56,7 +56,8 @@ _is_tried._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _processors(device: int) -> int:
     """Multiprocessors of a device that has the instructions, else 0."""
     found = torch.cuda.get_device_properties(device)
-    tried = triton.__version__.startswith("3.6.") and (found.major, found.minor) == (9, 0)
+    is_hopper = torch.version.hip is None and (found.major, found.minor) == (9, 0)
+    tried = triton.__version__.startswith("3.6.") and is_hopper
     return found.multi_processor_count if tried else 0
 
 
