@@ -1,7 +1,7 @@
 """Kernels where there is no GPU: Triton's interpreter runs them on CPU tensors, line by line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -99,6 +99,18 @@ def error(value: Tensor | None, reference: Tensor | None) -> float:
     reference = reference.detach().double()
     size = reference.norm().item() or 1.0
     return (value.detach().double() - reference).norm().item() / size
+
+
+def compare_compiled(loss: Callable[..., Tensor], given: list[Tensor]) -> None:
+    """A loss of kernels and its gradients, eager beside one whole graph."""
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [leaf(part) for part in given]
+        with kernels():
+            value = run(*leaves)
+            results.append([value, *torch.autograd.grad(value, leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert error(compiled, eager) < 1e-6
 
 
 def limit(dtype: torch.dtype) -> float:

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.on_triton import DEVICE, error, kernels, leaf, limit, needs_triton, poisoned, random
+from kernels.on_triton import (
+    DEVICE,
+    compare_compiled,
+    error,
+    kernels,
+    leaf,
+    limit,
+    needs_triton,
+    poisoned,
+    random,
+)
 from pyper.kernels import heads, normed_heads, normed_heads_torch
 from pyper.nn.rope import rotation
 
@@ -160,14 +170,7 @@ def test_it_compiles_without_a_break() -> None:
         )
         return out.square().sum()
 
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [leaf(part) for part in given]
-        with kernels():
-            value = run(*leaves)
-            results.append([value, *torch.autograd.grad(value, leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        assert error(compiled, eager) < 1e-6
+    compare_compiled(loss, given)
 
 
 @needs_triton

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.on_triton import DEVICE, error, kernels, leaf, limit, needs_triton, poisoned, random
+from kernels.on_triton import (
+    DEVICE,
+    compare_compiled,
+    error,
+    kernels,
+    leaf,
+    limit,
+    needs_triton,
+    poisoned,
+    random,
+)
 from pyper.kernels import add_norm, add_norm_torch, norm_alone, rms_norm
 from pyper.nn.norm import RMSNorm
 
@@ -137,14 +147,7 @@ def test_it_compiles_without_a_break(adds: bool) -> None:
         y, normed = add_norm(x, out if adds else None, gain, EPS)
         return (y + normed.sigmoid() + out).square().sum()
 
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [leaf(part) for part in given]
-        with kernels():
-            value = run(*leaves)
-            results.append([value, *torch.autograd.grad(value, leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        assert error(compiled, eager) < 1e-6
+    compare_compiled(loss, given)
 
 
 @needs_triton

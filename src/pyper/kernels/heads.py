@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyper.kernels import launch
 from pyper.kernels.launch import block_of, wide
+from pyper.kernels.rotary import turned_torch
 
 if launch.HAS_TRITON:
     import triton
@@ -71,8 +72,7 @@ def normed_heads_torch(
         counts = torch.tensor((n_heads, n_kv_heads), device=x.device)
         turned = turned * scale * gains.repeat_interleave(counts, dim=1).unsqueeze(1)
     turned = turned.reshape(-1, length, *turned.shape[2:])
-    partner = turned.roll(K // 2, dims=-1)
-    turned = torch.addcmul(turned * cos, partner, sin).to(x.dtype)
+    turned = turned_torch(turned, cos, sin).to(x.dtype)
     query, key = turned.split((n_heads, n_kv_heads), dim=2)
     value = value.reshape(-1, length, n_kv_heads, K)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -191,10 +191,8 @@ def heads_gradient(
     dproduct, parts = _gradient_of(product, gains, cos)
     (E, N, W), K, (_, H, T, _) = product.shape, cos.shape[1], dquery.shape
     given = [part if part.stride(3) == 1 else part.contiguous() for part in (dquery, dkey, dvalue)]
-    block_k = block_of(K // 2, K)
-    rows = max(1, _TILE // block_k)
     n_rows = N * (W // K)
-    programs = min(max(1, _PARTS // E), triton.cdiv(n_rows, rows))
+    rows, programs = _split_of(E, n_rows, K)
     _heads_gradient[(programs, E)](
         *(argument for part in given for argument in (part, *part.stride()[:3])),
         *(product, gains, cos, sin, dproduct, parts, n_rows, T, len(cos), eps),
@@ -204,7 +202,7 @@ def heads_gradient(
         HAS_GAINS=gains is not None,
         PARTS=programs,
         ROWS=rows,
-        BLOCK_K=block_k,
+        BLOCK_K=block_of(K // 2, K),
         num_warps=4,
     )
     return dproduct, parts
@@ -230,10 +228,15 @@ def _turned_of(product: Tensor, width: int) -> Tensor:
 
 def _gradient_of(product: Tensor, gains: Tensor | None, cos: Tensor) -> tuple[Tensor, Tensor]:
     (E, N, W), K = product.shape, cos.shape[1]
-    rows = max(1, _TILE // block_of(K // 2, K))
-    n_parts = 0 if gains is None else E * min(max(1, _PARTS // E), -(-N * (W // K) // rows))
+    n_parts = 0 if gains is None else E * _split_of(E, N * (W // K), K)[1]
     parts = product.new_empty(n_parts, 2, K, dtype=torch.float32)
     return product.new_empty(product.shape), parts
+
+
+def _split_of(n_experts: int, n_rows: int, head_dim: int) -> tuple[int, int]:
+    """Heads that a program takes at a time, and programs of each expert's `n_rows` heads."""
+    rows = max(1, _TILE // block_of(head_dim // 2, head_dim))
+    return rows, min(max(1, _PARTS // n_experts), -(-n_rows // rows))
 
 
 if launch.HAS_TRITON:

@@ -51,11 +51,15 @@ def rotated_heads_torch(
     """The twin of `rotated_heads`, in plain torch."""
     heads = F.linear(x, weight, bias).unflatten(-1, (-1, cos.shape[-1]))
     turned, value = heads.split((n_heads + n_kv_heads, n_kv_heads), dim=2)
-    turned = turned.to(wide(x.dtype))
-    partner = turned.roll(cos.shape[-1] // 2, dims=-1)
-    turned = torch.addcmul(turned * cos, partner, sin).to(x.dtype)
-    query, key = turned.split((n_heads, n_kv_heads), dim=2)
+    query, key = turned_torch(turned, cos, sin).split((n_heads, n_kv_heads), dim=2)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def turned_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, K), each pair (x_i, x_{i+K/2}) turned, in plain torch; cos, sin as above."""
+    rows = x.to(wide(x.dtype))
+    partner = rows.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(rows * cos, partner, sin).to(x.dtype)
 
 
 class _RotatedHeads(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyper.config import RopeScaling
+from pyper.kernels.rotary import turned_torch
 
 
 @lru_cache(maxsize=64)
@@ -92,6 +93,4 @@ def apply_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: (T, 1, K), or (B, T, 1, K) where positions differ by row.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    partner = wide.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(wide * cos, partner, sin).to(x.dtype)
+    return turned_torch(x, cos, sin)
