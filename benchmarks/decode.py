@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from _kernels import kernels_of
 from _record import add_json_option, write_record
 from _timing import as_graph, copied_bytes_per_second, median_ms
 from rich.console import Console
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=28 if GPU else 2)
     parser.add_argument("--width", type=int, default=2048 if GPU else 128)
     parser.add_argument("--vocabulary", type=int, default=32_768 if GPU else 512)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of Pyper's token")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
     return parser.parse_args()
@@ -162,6 +164,8 @@ def engine_speed(
     while len(engine.step()) < batch:
         pass
     wait()
+    if args.profile and seed == 1:
+        print(f"batch {batch}", kernels_of(engine.step, shown=16), sep="\n", file=sys.stderr)
     start, n_tokens = time.perf_counter(), 0
     while not engine.idle:
         n_tokens += len(engine.step())
@@ -285,10 +289,12 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     shape = [f"--{n}={getattr(args, n)}" for n in ("batch", "context", "layers", "width")]
     for row in args.only:
         command = [sys.executable, __file__, *shape, f"--vocabulary={args.vocabulary}"]
+        command += ["--profile"] if args.profile else []
         done = subprocess.run([*command, "--row", row], capture_output=True, text=True, check=False)
         if done.returncode:
             yield row, {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
         else:
+            print(done.stderr if args.profile else "", end="")
             yield row, json.loads(done.stdout.splitlines()[-1])
 
 

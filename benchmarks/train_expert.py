@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _kernels import kernels_of
 from _record import add_json_option, write_record
 from rich.console import Console
 from rich.table import Table
@@ -186,21 +187,6 @@ def run_row(args: argparse.Namespace) -> dict[str, Any]:
         "first_five_steps_s": round(ready, 1),
         "losses": [round(x, 4) for x in losses],
     }
-
-
-def kernels_of(step: Step) -> str:
-    """The kernels of one step, the longest first."""
-    if not torch.cuda.is_available():
-        return "there is no GPU, and so no kernel"
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-    except RuntimeError as error:  # not everybody may trace
-        return str(error)
-    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
-    rows = [f"{k.self_device_time_total / 1e3:8.2f} ms {k.count:5} × {k.key[:80]}" for k in kernels]
-    total = sum(k.self_device_time_total for k in kernels) / 1e3
-    return "\n".join([f"{total:8.2f} ms in all", *rows[:40]])
 
 
 def main() -> None:

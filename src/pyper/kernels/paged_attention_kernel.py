@@ -49,6 +49,18 @@ def _slots(pages_ptr, s, past, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _share_ahead(bytes_ptr, N_LINES: tl.constexpr, program, n_programs):
+    """This program's share of the first lines of 128 bytes of a weight."""
+    EACH: tl.constexpr = 256
+    per_program = tl.cdiv(N_LINES, n_programs)
+    for first in range(0, per_program, EACH):
+        within = first + tl.arange(0, EACH)
+        line = program * per_program + tl.minimum(within, per_program - 1)
+        line = tl.minimum(line, N_LINES - 1)
+        ask_ahead(bytes_ptr + line.to(tl.int64) * 128)
+
+
+@triton.jit
 def _join(
     part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
 ):
@@ -81,6 +93,8 @@ def attend_part(
     log_sum_ptr,
     out_ptr,
     tickets_ptr,
+    ahead_ptr,
+    later_ptr,
     cos_ptr,
     sin_ptr,
     query_gain_ptr,
@@ -101,6 +115,8 @@ def attend_part(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    N_AHEAD: tl.constexpr = 0,
+    N_LATER: tl.constexpr = 0,
     OVERLAP: tl.constexpr = False,
 ):
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -121,6 +137,12 @@ def attend_part(
         lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
         ask_ahead(keys_ptr + lines)
         ask_ahead(values_ptr + lines)
+        program = (b * n_kv_heads + h) * n_parts + part
+        n_programs = tl.num_programs(0) * n_kv_heads * n_parts
+        if N_AHEAD > 0:
+            _share_ahead(ahead_ptr, N_AHEAD, program, n_programs)
+        if N_LATER > 0:
+            _share_ahead(later_ptr, N_LATER, program, n_programs)
     wait_for_others(OVERLAP)
     first = (b * n_kv_heads + h) * GROUPS
     row = first + g  # of the queries, in (B · H)
