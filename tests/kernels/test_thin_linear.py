@@ -4,6 +4,8 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
 from pyper.config.expert import Activation
 from pyper.kernels import InputNorm, ThinWeight, thin_linear, thin_linear_torch
+from pyper.kernels.thin_linear import TICKETS, thin_residual
 
 # B, D, N
 SHAPES = [
@@ -121,9 +124,82 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     module = importlib.import_module("pyper.kernels.thin_linear")
     x, gain = random(2, 32, seed=0, dtype=BF16), random(32, seed=1, dtype=BF16)
     weight = weight_of(32, 32, torch.int8, bias=True)
-    given = (x, weight.weight, weight.scale, weight.bias, gain, 1e-6, "swiglu", None, False)
+    matrix, residual = (weight.weight, weight.scale, weight.bias), random(2, 32, seed=2, dtype=BF16)
+    tickets = torch.zeros(module.TICKETS, dtype=torch.int32, device=DEVICE)
+    plain = (x, *matrix, gain, None, 1e-6, "swiglu", None, None, None, False)
+    prepared = (x, *matrix, None, None, 0.0, "", residual, gain, tickets, False)
     with kernels():
-        torch.library.opcheck(module._thin_linear_op, given)
+        torch.library.opcheck(module._thin_linear_op, plain)
+        torch.library.opcheck(module._thin_linear_op, prepared)
+
+
+def tickets_of() -> Tensor:
+    return torch.zeros(TICKETS, dtype=torch.int32, device=DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("shape", [(2, 300, 17), (5, 64, 70), (64, 520, 130)])
+def test_parts_of_the_inputs_add_up(
+    shape: tuple[int, int, int], stored: torch.dtype, choice: tuple[object, ...]
+) -> None:
+    """Some parts are not whole blocks, and the last of three is empty."""
+    module, tickets = importlib.import_module("pyper.kernels.thin_linear"), tickets_of()
+    cut = module.Blocks(64, 128 if shape[1] > 300 else 32, 4, 3, 4)
+    with (
+        kernels(),
+        poisoned(),
+        mock.patch.object(module, "_blocks", return_value=cut),
+    ):
+        compare(partial(thin_linear, tickets=tickets), shape, stored, choice)
+    assert not tickets.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 300, 48), (17, 96, 130), (64, 520, 200)])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_product_prepares_the_next_ones_norm(
+    shape: tuple[int, int, int], stored: torch.dtype, split: bool
+) -> None:
+    (B, D, N), tickets = shape, tickets_of() if split else None
+    x, residual = random(B, D, seed=0, dtype=BF16), random(B, N, seed=4, dtype=BF16)
+    first, second = (weight_of(N, size, stored, bias=True) for size in (D, N))
+    norm = InputNorm(1 + 0.3 * random(N, seed=3, dtype=BF16), 1e-5)
+    with kernels(), poisoned():
+        prepared = thin_residual(x, first, residual, norm, tickets=tickets)
+        got = thin_linear(prepared, second, norm=norm, activation="gelu", tickets=tickets)
+    assert error(prepared.rows, naive(x, first, None, None, residual)) < limit(BF16)
+    assert (prepared.scaled is None) == (B == 1 and N % 4 == 0)
+    expected = naive(prepared.rows, second, norm, "gelu", None)
+    assert error(got, expected) < 2 * limit(BF16)
+    assert tickets is None or not tickets.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("stored", STORED)
+def test_a_row_is_the_same_whatever_the_others_are(stored: torch.dtype) -> None:
+    x, weight = random(16, 300, seed=0, dtype=BF16), weight_of(70, 300, stored, bias=True)
+    residual, norm = random(16, 70, seed=1, dtype=BF16), InputNorm(random(70, dtype=BF16), 1e-5)
+    said = []
+    with kernels():
+        for n in (2, 5, 16):
+            rows = thin_residual(x[:n], weight, residual[:n], norm, tickets=tickets_of())
+            said.append(thin_linear(rows, weight_of(30, 70, stored, bias=False), norm=norm))
+    assert torch.equal(said[0], said[2][:2])
+    assert torch.equal(said[1], said[2][:5])
+
+
+def test_what_no_kernel_prepares_is_normalised_by_who_reads_it() -> None:
+    x, residual = random(3, 16, dtype=torch.float64), random(3, 8, dtype=torch.float64)
+    first, second = (ThinWeight(random(8, n, seed=n, dtype=torch.float64)) for n in (16, 8))
+    norm = InputNorm(random(8, seed=2, dtype=torch.float64), 1e-5)
+    rows = thin_residual(x, first, residual, norm)
+    got = thin_linear(rows, second, norm=norm)
+    expected = thin_linear_torch(x, first, residual=residual)
+    assert torch.equal(rows.rows, expected)
+    assert torch.equal(got, thin_linear_torch(expected, second, norm=norm))
 
 
 def test_many_rows_and_wide_types_go_to_the_library() -> None:
@@ -141,23 +217,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-def build(kernel, stored, scaled, **constants):
-    constants |= dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
-                      HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True)
+def build(kernel, stored, scaled, stages=4, **constants):
+    constants = dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
+                     HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True) | constants
     absent = {"bias_ptr": None, "residual_ptr": None} | ({} if scaled else {"scale_ptr": None})
     constants |= absent
     types = {"weight_ptr": stored, "words_ptr": "*i32", "scale_ptr": "*fp32"}
-    types |= {"B": "i32", "eps": "fp32"}
+    types |= {"B": "i32", "eps": "fp32", "squares_ptr": "*fp32", "next_squares_ptr": "*fp32"}
+    types |= {"part_ptr": "*fp32", "tickets_ptr": "*i32"}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": 4, "num_stages": 4}
+    options = {"num_warps": 4, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-few = importlib.import_module("pyper.kernels.thin_linear")._thin_linear
+few = importlib.import_module("pyper.kernels.thin_linear_kernel").thin_linear_block
 one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
-few_blocks = dict(D=2048, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16)
+none = ("squares_ptr", "next_gain_ptr", "next_ptr", "next_squares_ptr", "part_ptr", "tickets_ptr")
+few_blocks = dict(D=2048, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16, N_SPLITS=1, N_SQUARES=0)
+few_blocks |= dict(HAS_NEXT=False) | {name: None for name in none}
 one_block = dict(BLOCK_N=4, BLOCK_W=512)
 for stored, scaled, name, words in (
     ("*bf16", False, "bf16", 1024), ("*i8", True, "int8", 512), ("*fp8e4nv", True, "fp8", 512)
@@ -166,6 +245,15 @@ for stored, scaled, name, words in (
     assert "cp.async" in ptx, stored  # weights are on their way while others are used
     assert "mma.sync" in ptx or "wgmma" in ptx, stored
     assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait"), stored
+    many = dict(few_blocks, BLOCK_B=64, BLOCK_N=64, BLOCK_D=128, N_SPLITS=4)
+    for used, given in ("squares_ptr", dict(N_SQUARES=32)), ("next_ptr", dict(HAS_NORM=False)):
+        here = {k: v for k, v in many.items() if k not in (used, "part_ptr", "tickets_ptr")}
+        built = build(few, stored, scaled, stages=3, **(here | given | {"gain_ptr": None}))
+        ptx, loop = built.asm["ptx"], built.asm["ptx"].split("$L__BB0_1:")[1].split("bra")[0]
+        assert "wgmma" in loop and "cp.async" in loop, stored
+        if stored == "*bf16":  # from memory to the products without registers between
+            assert "ld.shared" not in loop and "st.shared" not in loop
+        assert built.metadata.shared <= 113_000, stored  # the next kernel's programs fit beside
     ptx = build(one, stored, scaled, WORDS=words, STORED=name, **one_block).asm["ptx"]
     assert "cvt.rn.f32.s8" not in ptx, stored
     loads = [i for i in range(len(ptx)) if ptx.startswith("ld.global", i)]

@@ -11,12 +11,11 @@ from torch import Tensor
 from pyper.config import ExpertConfig
 from pyper.generate.narrow_weights import thin_weight
 from pyper.kernels import InputNorm, Turn, launch, paged_attention, thin_linear
-from pyper.kernels.thin_linear import MOST_ROWS
+from pyper.kernels.thin_linear import MOST_ROWS, TICKETS, ThinRows, ThinWeight, thin_residual
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.attention import Attention
 from pyper.nn.block import Block
 from pyper.nn.feed_forward import FeedForward
-from pyper.nn.norm import RMSNorm
 
 _SHARED_BYTES = 200_000
 # So few leave the memory idle while they attend.
@@ -29,6 +28,7 @@ class ThinLayers:
     def __init__(self, cos: Tensor, sin: Tensor, n_tickets: int) -> None:
         """cos, sin: (S, K), of every position. n_tickets: texts · heads of keys at most."""
         self._cos, self._sin = cos, sin
+        n_tickets = max(n_tickets, TICKETS)
         self._tickets = torch.zeros(n_tickets, dtype=torch.int32, device=cos.device)
         # A layer without positions turns by nothing.
         self._ones, self._zeros = torch.ones_like(self._cos), torch.zeros_like(self._sin)
@@ -51,27 +51,33 @@ class ThinLayers:
         self, model: Transformer, store: KVStore, tokens: Tensor, positions: Tensor, pages: Tensor
     ) -> Tensor:
         """log p (B, V) float32 after tokens (B,) at positions (B,) of texts in pages (B, n)."""
-        x = model.embedding(tokens)
+        x = ThinRows(model.embedding(tokens))
+        norms = _norms_of(model)
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, Block)
-            x = self._attend(block, x, store.keys[layer], store.values[layer], positions, pages)
-            x = _feed_forward(block, x)
-        logits = thin_linear(x, thin_weight(model.head), norm=_input_norm(model.norm), overlap=True)
+            i = 2 * layer
+            kept = store.keys[layer], store.values[layer]
+            x = self._attend(block, x, norms[i : i + 2], *kept, positions, pages)
+            x = self._feed_forward(block, x, norms[i + 1 : i + 3])
+        head = thin_weight(model.head)
+        logits = thin_linear(x, head, norm=norms[-1], tickets=self._tickets, overlap=True)
         return logits.float().log_softmax(dim=-1)
 
     def _attend(
         self,
         block: Block,
-        x: Tensor,
+        x: ThinRows,
+        norms: list[InputNorm],
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
         pages: Tensor,
-    ) -> Tensor:
+    ) -> ThinRows:
+        """norms: before and after."""
         attention = block.attention
         assert isinstance(attention, Attention)
-        norm = _input_norm(block.attention_norm)
-        rows = thin_linear(x, thin_weight(attention.qkv), norm=norm, overlap=True)
+        weight, tickets = thin_weight(attention.qkv), self._tickets
+        rows = thin_linear(x, weight, norm=norms[0], tickets=tickets, overlap=True)
         parts = rows.split(attention.widths, dim=1)
         K = keys.shape[-1]
         query, key, value = (part.unflatten(1, (-1, K)) for part in parts)
@@ -80,9 +86,29 @@ class ThinLayers:
             *(query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn),
             tickets=self._tickets,
             overlap=True,
-            ahead=_read_next(block) if len(x) <= _FEW_TEXTS else (),
+            ahead=_read_next(block) if len(rows) <= _FEW_TEXTS else (),
         )
-        return thin_linear(mixed.flatten(1), thin_weight(attention.out), residual=x, overlap=True)
+        return self._add(x, mixed.flatten(1), thin_weight(attention.out), norms[1])
+
+    def _feed_forward(self, block: Block, x: ThinRows, norms: list[InputNorm]) -> ThinRows:
+        """norms: before and after."""
+        inner = block.feed_forward
+        assert isinstance(inner, FeedForward)
+        hidden = thin_linear(
+            *(x, thin_weight(inner.up)),
+            norm=norms[0],
+            activation=inner.activation,
+            tickets=self._tickets,
+            overlap=True,
+        )
+        return self._add(x, hidden, thin_weight(inner.down), norms[1])
+
+    def _add(
+        self, x: ThinRows, inner: Tensor, weight: ThinWeight, next_norm: InputNorm
+    ) -> ThinRows:
+        """x + weight · inner."""
+        given = (inner, weight, x.rows, next_norm)
+        return thin_residual(*given, tickets=self._tickets, overlap=True)
 
     def _turn_of(self, attention: Attention) -> Turn:
         cos, sin = (self._cos, self._sin) if attention.rotates else (self._ones, self._zeros)
@@ -100,16 +126,11 @@ def _read_next(block: Block) -> tuple[Tensor, Tensor]:
     return thin_weight(attention.out).weight, thin_weight(feed_forward.up).weight
 
 
-def _feed_forward(block: Block, x: Tensor) -> Tensor:
-    inner, norm = block.feed_forward, _input_norm(block.feed_forward_norm)
-    assert isinstance(inner, FeedForward)
-    up, down, activation = thin_weight(inner.up), thin_weight(inner.down), inner.activation
-    hidden = thin_linear(x, up, norm=norm, activation=activation, overlap=True)
-    return thin_linear(hidden, down, residual=x, overlap=True)
-
-
-def _input_norm(norm: RMSNorm) -> InputNorm:
-    return InputNorm(norm.weight, norm.eps)
+def _norms_of(model: Transformer) -> list[InputNorm]:
+    """In the order in which rows go through them: each product writes what the next one needs."""
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    norms = [norm for block in blocks for norm in (block.attention_norm, block.feed_forward_norm)]
+    return [InputNorm(norm.weight, norm.eps) for norm in (*norms, model.norm)]
 
 
 def _has_room(device: torch.device) -> bool:

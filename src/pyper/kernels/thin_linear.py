@@ -3,10 +3,16 @@
 A product of so few rows leaves the arithmetic idle; what counts is that the weights stream without
 a pause. So whatever stands before and behind it is done on the way: the norm of its input, widening
 of eight-bit weights, bias, activation, residual. The norm's scale is of a row and comes after the
-sum, Σ w·g·x / √(mean(x²) + eps), so nothing is read twice.
+sum, Σ w·g·x / √(mean(x²) + eps), so nothing is read twice; where a product knows which norm comes
+next, it writes g·x as well, which then takes the short way into the next product.
+
+Every program reads all of x that it needs, from the cache: with many rows that is as much as the
+weights. Blocks of few outputs would read it too often, so a program takes more outputs and a part
+of the inputs, and the last one to end adds up the parts.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +26,14 @@ from pyper.kernels.overlap import overlap_options
 from pyper.kernels.row_linear import linear_of_row, takes
 
 if launch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from pyper.kernels.activation import _value_and_slope
-    from pyper.kernels.overlap import ask_ahead, wait_for_others
+    from pyper.kernels.thin_linear_kernel import thin_linear_block
 
 MOST_ROWS = 64
 """With more, the product is bound by arithmetic, and a library's is faster."""
+TICKETS = 256
+"""As many blocks of outputs may be put together of parts."""
+_PROGRAMS = 96
+"""Each of a large GPU's processors should have a program, or nearly."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +56,75 @@ class InputNorm:
     eps: float
 
 
+@dataclass(frozen=True)
+class ThinRows:
+    """Rows (B, D), and what the product that wrote them has done for the norm they go through."""
+
+    rows: Tensor
+    scaled: Tensor | None = None
+    """rows · gain (B, D)."""
+    squares: Tensor | None = None
+    """(n, B) float32, parts of the sum of a row's squares."""
+
+
 def thin_linear(
-    x: Tensor,
+    x: Tensor | ThinRows,
     weight: ThinWeight,
     *,
     norm: InputNorm | None = None,
     activation: Activation | None = None,
     residual: Tensor | None = None,
+    tickets: Tensor | None = None,
     overlap: bool = False,
 ) -> Tensor:
     """residual + activation(weight · norm(x) + bias), (B, N), of x (B, D); without gradient.
 
     SwiGLU's matrix holds the gates' rows, then the values': the result has half as many columns.
+    x: prepared rows are for `norm`. tickets: (TICKETS,) int32 zeros, and zero again afterwards:
+    with them, parts of the inputs may be read by different programs.
     overlap: read the weight while the kernel before still runs; that one must not have written it.
     """
-    if not (launch.runs_triton(x) and x.dtype == torch.bfloat16 and len(x) <= MOST_ROWS):
-        return thin_linear_torch(x, weight, norm=norm, activation=activation, residual=residual)
+    x = x if isinstance(x, ThinRows) else ThinRows(x)
+    return _thin_linear(x, weight, norm, activation, residual, None, tickets, overlap).rows
+
+
+def thin_residual(
+    x: Tensor,
+    weight: ThinWeight,
+    residual: Tensor,
+    next_norm: InputNorm,
+    *,
+    tickets: Tensor | None = None,
+    overlap: bool = False,
+) -> ThinRows:
+    """residual + weight · x + bias, and what `next_norm` will need of it."""
+    return _thin_linear(ThinRows(x), weight, None, None, residual, next_norm, tickets, overlap)
+
+
+def _thin_linear(
+    x: ThinRows,
+    weight: ThinWeight,
+    norm: InputNorm | None,
+    activation: Activation | None,
+    residual: Tensor | None,
+    next_norm: InputNorm | None,
+    tickets: Tensor | None,
+    overlap: bool,
+) -> ThinRows:
+    rows = x.rows
+    if not (launch.runs_triton(rows) and rows.dtype == torch.bfloat16 and len(rows) <= MOST_ROWS):
+        return ThinRows(
+            thin_linear_torch(rows, weight, norm=norm, activation=activation, residual=residual)
+        )
     gain, eps = (norm.gain, norm.eps) if norm else (None, 0.0)
-    return _thin_linear_op(
-        x, weight.weight, weight.scale, weight.bias, gain, eps, activation or "", residual, overlap
+    squares = x.squares if norm else None
+    if squares is not None and x.scaled is not None:
+        rows = x.scaled
+    out, scaled, out_squares = _thin_linear_op(
+        *(rows, weight.weight, weight.scale, weight.bias, gain, squares, eps, activation or ""),
+        *(residual, next_norm.gain if next_norm else None, tickets, overlap),
     )
+    return ThinRows(out, scaled, out_squares) if len(scaled) else ThinRows(out)
 
 
 def thin_linear_torch(
@@ -93,43 +148,60 @@ def thin_linear_torch(
     return out if residual is None else residual + out
 
 
-@torch.library.custom_op("pyper::thin_linear", mutates_args=())
+@torch.library.custom_op("pyper::thin_linear", mutates_args=("tickets",))
 def _thin_linear_op(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
     gain: Tensor | None,
+    squares: Tensor | None,
     eps: float,
     activation: str,
     residual: Tensor | None,
+    next_gain: Tensor | None,
+    tickets: Tensor | None,
     overlap: bool,
-) -> Tensor:
-    """All contiguous, x (B, D) bf16."""
-    out = _out_of(x, weight, activation)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All contiguous, x (B, D) bf16, with its gain in it where squares are given.
+
+    Returns the product; of next_gain, the product times it and parts of the sum of its squares,
+    (0, 0) without.
+    """
+    inner_norm = gain is not None and squares is None
+    blocks = _blocks_of(x, weight, activation, inner_norm or tickets is None)
+    out, scaled, out_squares = _outputs(x, weight, activation, next_gain, blocks)
     (B, D), N = x.shape, out.shape[1]
     if B == 1 and takes(weight):
         linear_of_row(x, weight, scale, bias, gain, eps, activation, residual, out, overlap)
-        return out
-    block_n, block_d, stages, warps = _blocks(N, B)
-    _thin_linear[(triton.cdiv(N, block_n),)](
-        *(x, weight, scale, bias, gain, residual, out, B, eps),
+        return out, scaled, out_squares
+    n_blocks, block_b = -(-N // blocks.outputs), max(block_of(B, MOST_ROWS), 16)
+    part = None
+    if blocks.splits > 1:
+        rows = n_blocks * blocks.outputs * (2 if activation == "swiglu" else 1)
+        part = x.new_empty(blocks.splits, rows, block_b, dtype=torch.float32)
+    thin_linear_block[(n_blocks, blocks.splits)](
+        *(x, weight, scale, bias, gain, squares, residual, out),
+        *(next_gain, scaled, out_squares, part, tickets, B, eps),
         N=N,
         D=D,
         ACTIVATION=activation,
         HAS_NORM=gain is not None,
+        N_SQUARES=0 if squares is None else len(squares),
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        BLOCK_B=max(block_of(B, MOST_ROWS), 16),
-        BLOCK_N=block_n,
-        BLOCK_D=min(block_d, max(block_of(D, 1 << 20), 16)),
-        LINES=_ahead(D * weight.element_size()),
-        num_stages=stages,
-        num_warps=warps,
+        HAS_NEXT=next_gain is not None,
+        N_SPLITS=blocks.splits,
+        BLOCK_B=block_b,
+        BLOCK_N=blocks.outputs,
+        BLOCK_D=blocks.inputs,
+        LINES=_ahead(D // blocks.splits * weight.element_size()),
+        num_stages=blocks.stages,
+        num_warps=blocks.warps,
         **overlap_options(overlap, x.device),
     )
-    return out
+    return out, scaled, out_squares
 
 
 @_thin_linear_op.register_fake
@@ -139,116 +211,74 @@ def _(
     scale: Tensor | None,
     bias: Tensor | None,
     gain: Tensor | None,
+    squares: Tensor | None,
     eps: float,
     activation: str,
     residual: Tensor | None,
+    next_gain: Tensor | None,
+    tickets: Tensor | None,
     overlap: bool,
-) -> Tensor:
-    return _out_of(x, weight, activation)
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner_norm = gain is not None and squares is None
+    blocks = _blocks_of(x, weight, activation, inner_norm or tickets is None)
+    return _outputs(x, weight, activation, next_gain, blocks)
 
 
-def _out_of(x: Tensor, weight: Tensor, activation: str) -> Tensor:
-    return x.new_empty(len(x), len(weight) // 2 if activation == "swiglu" else len(weight))
+class Blocks(NamedTuple):
+    """What a program takes."""
+
+    outputs: int
+    inputs: int
+    """At a time."""
+    splits: int
+    """Programs that share the inputs of a block of outputs."""
+    stages: int
+    warps: int
 
 
-def _blocks(n_outputs: int, n_rows: int) -> tuple[int, int, int, int]:
-    """Columns of the output and of the input, stages and warps of a program.
+def _blocks_of(x: Tensor, weight: Tensor, activation: str, alone: bool) -> Blocks:
+    """alone: every program must see all inputs."""
+    (B, D), N = x.shape, _width_of(weight, activation)
+    blocks = _blocks(N, D, B, alone)
+    width = min(blocks.inputs, max(block_of(D, 1 << 20), 16))
+    # An input's part is a block at least.
+    splits = min(blocks.splits, -(-D // width)) if -(-N // blocks.outputs) <= TICKETS else 1
+    return blocks._replace(inputs=width, splits=1 if alone else splits)
 
-    Each of a large GPU's processors should have a program at least, and some 32 kB on their way.
+
+def _blocks(n_outputs: int, n_inputs: int, n_rows: int, alone: bool) -> Blocks:
+    """What is best on an H200.
+
+    Each of a large GPU's processors should have a program, some 32 kB on their way, and room for a
+    program of the next kernel.
     """
-    if n_outputs <= 4096:
-        return 16, 256, 4, 4
-    return 64, 256, (4 if n_rows <= 16 else 3), 4
+    few = n_rows <= 16
+    if alone:
+        if n_outputs <= 4096:
+            return Blocks(16, 256, 1, 4, 4)
+        return Blocks(64, 256, 1, 4 if few else 3, 4)
+    if n_outputs >= 16384 and not few:  # rows are read by half as many programs
+        return Blocks(128, 64, 1, 4, 4)
+    splits = block_of(max(_PROGRAMS // -(-n_outputs // 64), 1), 8)
+    return Blocks(64, 128, splits, 5 if few else 3, 4)
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, activation: str, next_gain: Tensor | None, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N = len(x), _width_of(weight, activation)
+    out = x.new_empty(B, N)
+    if next_gain is None or (B == 1 and takes(weight)):
+        return out, x.new_empty(0, 0), x.new_empty(0, 0, dtype=torch.float32)
+    squares = x.new_empty(-(-N // blocks.outputs), B, dtype=torch.float32)
+    return out, torch.empty_like(out), squares
+
+
+def _width_of(weight: Tensor, activation: str) -> int:
+    return len(weight) // 2 if activation == "swiglu" else len(weight)
 
 
 def _ahead(row_bytes: int) -> int:
     """Lines of 128 bytes of each weight row that are asked for before there is a use for them."""
     lines = max(row_bytes // 128, 1)
     return min(1 << (lines.bit_length() - 1), 16)
-
-
-if launch.HAS_TRITON:
-
-    @triton.jit
-    def _widened(w, x):
-        if w.dtype == tl.int8:
-            w = w.to(tl.float32)  # every integer of eight bits is exact in bf16
-        return w.to(x.dtype)
-
-    @triton.jit
-    def _row_epilogue(sums, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS):
-        """Scale and bias of output rows n; sums (BLOCK_N, BLOCK_B)."""
-        if HAS_SCALE:
-            sums *= tl.load(scale_ptr + n, mask=n < N_ROWS, other=0.0).to(tl.float32)[:, None]
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + n, mask=n < N_ROWS, other=0.0).to(tl.float32)[:, None]
-        return sums
-
-    @triton.jit
-    def _thin_linear(
-        x_ptr,
-        weight_ptr,
-        scale_ptr,
-        bias_ptr,
-        gain_ptr,
-        residual_ptr,
-        out_ptr,
-        B,
-        eps,
-        N: tl.constexpr,
-        D: tl.constexpr,
-        ACTIVATION: tl.constexpr,
-        HAS_NORM: tl.constexpr,
-        HAS_SCALE: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        HAS_RESIDUAL: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        LINES: tl.constexpr,
-        OVERLAP: tl.constexpr = False,
-    ):
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b = tl.arange(0, BLOCK_B)
-        GATED: tl.constexpr = ACTIVATION == "swiglu"
-        N_ROWS: tl.constexpr = 2 * N if GATED else N
-        weight_rows = weight_ptr + n.to(tl.int64)[:, None] * D
-        sums = tl.zeros((BLOCK_N, BLOCK_B), dtype=tl.float32)
-        values = tl.zeros((BLOCK_N, BLOCK_B), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
-        if OVERLAP:
-            IN_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-            line = tl.minimum(n, N - 1).to(tl.int64)[:, None] * D
-            ask_ahead(weight_ptr + line + tl.arange(0, LINES)[None, :] * IN_LINE)
-        wait_for_others(OVERLAP)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            inside = (d < D)[:, None] & (b < B)[None, :]
-            x = tl.load(x_ptr + b[None, :] * D + d[:, None], mask=inside, other=0.0)
-            known = (n < N)[:, None] & (d < D)[None, :]
-            w = tl.load(weight_rows + d[None, :], mask=known, other=0.0)
-            if HAS_NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, axis=0)
-                gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-                x = (wide * gain[:, None]).to(x_ptr.dtype.element_ty)
-            sums = tl.dot(_widened(w, x), x, sums)
-            if GATED:
-                w = tl.load(weight_rows + N * D + d[None, :], mask=known, other=0.0)
-                values = tl.dot(_widened(w, x), x, values)
-        if HAS_NORM:
-            scale = tl.rsqrt(squares / D + eps)[None, :]
-            sums *= scale
-            values *= scale
-        sums = _row_epilogue(sums, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS)
-        if ACTIVATION != "":
-            sums, _ = _value_and_slope(sums, ACTIVATION)
-        if GATED:
-            sums *= _row_epilogue(values, N + n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS)
-        at = b.to(tl.int64)[None, :] * N + n[:, None]
-        there = (n < N)[:, None] & (b < B)[None, :]
-        if HAS_RESIDUAL:
-            # As two operations would: the product is rounded before it is added.
-            sums = sums.to(out_ptr.dtype.element_ty).to(tl.float32)
-            sums += tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, sums, mask=there)
