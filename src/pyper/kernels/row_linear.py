@@ -15,8 +15,9 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.activation import _value_and_slope
     from pyper.kernels.overlap import wait_for_others
+    from pyper.kernels.row_epilogue import store_finished
+    from pyper.kernels.row_int8 import _row_times_int8
 
 _STORED = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
@@ -38,20 +39,24 @@ def linear_of_row(
     Only of weights that `takes` says so.
     """
     N, words = out.shape[1], weight.view(torch.int32)
-    block_n, block_w, warps = _blocks(N, words.shape[1], weight.element_size() == 1)
-    _linear_of_row[(triton.cdiv(N, block_n),)](
+    block_n, block_w, warps, widened = _blocks(N, words.shape[1], weight.dtype)
+    own: dict[str, str | bool]
+    kernel, own = _linear_of_row, {"STORED": _STORED[weight.dtype]}
+    if not widened:  # dp2a is NVIDIA's
+        kernel, own = _row_times_int8, {"HARDWARE": x.is_cuda and torch.version.hip is None}
+    kernel[(triton.cdiv(N, block_n),)](
         *(x, words, scale, bias, gain, residual, out, eps),
         N=N,
         WORDS=words.shape[1],
-        STORED=_STORED[weight.dtype],
         ACTIVATION=activation,
         HAS_NORM=gain is not None,
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_N=block_n,
-        BLOCK_W=min(block_w, block_of(words.shape[1], 1 << 20)),
+        BLOCK_W=min(block_w, max(block_of(words.shape[1], 1 << 20), 4)),
         num_warps=warps,
+        **own,
         **overlap_options(overlap, x.device),
     )
 
@@ -61,26 +66,20 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _STORED and weight.shape[1] * weight.element_size() % 4 == 0
 
 
-def _blocks(n_outputs: int, row_words: int, eight_bits: bool) -> tuple[int, int, int]:
-    """Rows and words of the weight, and warps, of a program: what was best on an H200."""
-    if n_outputs <= row_words:
-        return 4, 512, 4
-    if eight_bits:
-        return 8, 256, 2
+def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> tuple[int, int, int, bool]:
+    """Rows and words of the weight, and warps, of a program; whether weights are widened."""
+    if stored == torch.int8:
+        return 8, 512, 4, False
+    if n_outputs <= row_words:  # from here on, what was best on an H200
+        return 4, 512, 4, True
+    if stored == torch.float8_e4m3fn:
+        return 8, 256, 2, True
     if n_outputs <= 2 * row_words:
-        return 1, 256, 4
-    return (8, 256, 2) if n_outputs <= 6 * row_words else (4, 512, 2)
+        return 1, 256, 4, True
+    return (8, 256, 2, True) if n_outputs <= 6 * row_words else (4, 512, 2, True)
 
 
 if launch.HAS_TRITON:
-
-    @triton.jit
-    def _scaled(sums, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS):
-        if HAS_SCALE:
-            sums *= tl.load(scale_ptr + n, mask=n < N_ROWS, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + n, mask=n < N_ROWS, other=0.0).to(tl.float32)
-        return sums
 
     @triton.jit
     def _number(words, PLACE: tl.constexpr, STORED: tl.constexpr):
@@ -142,7 +141,6 @@ if launch.HAS_TRITON:
         D: tl.constexpr = WORDS * PER_WORD
         BLOCK_D: tl.constexpr = BLOCK_W * PER_WORD
         GATED: tl.constexpr = ACTIVATION == "swiglu"
-        N_ROWS: tl.constexpr = 2 * N if GATED else N
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         d, w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W)
         rows = words_ptr + n.to(tl.int64)[:, None] * WORDS + w[None, :]
@@ -180,13 +178,7 @@ if launch.HAS_TRITON:
             scale = tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
             total *= scale
             total_values *= scale
-        total = _scaled(total, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS)
-        if ACTIVATION != "":
-            total, _ = _value_and_slope(total, ACTIVATION)
-        if GATED:
-            total *= _scaled(total_values, N + n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS)
-        if HAS_RESIDUAL:
-            # As two operations would: the product is rounded before it is added.
-            total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
-            total += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + n, total, mask=n < N)
+        store_finished(
+            *(total, total_values, n, scale_ptr, bias_ptr, residual_ptr, out_ptr),
+            *(N, ACTIVATION, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL),
+        )

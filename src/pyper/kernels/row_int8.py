@@ -1,0 +1,151 @@
+"""`thin_linear` of a single row with int8 weights that nobody widens: the row becomes integers.
+
+Sixteen numbers at a time become integers of 16 bits and one step, a power of two: x = step · q. A
+bf16 has eight bits of precision, so a number is kept exactly if it is no less than 1/128 of the
+largest beside it; a smaller one is off by at most 2⁻¹⁶ of the largest. Two instructions (dp2a) then
+multiply and add four weights; to widen them first takes sixteen. Integers are added exactly.
+
+A thread holds the sixteen weights of a row that its sixteen numbers meet: nothing is exchanged
+before the sums.
+"""
+
+from pyper.kernels import launch
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from pyper.kernels.overlap import wait_for_others
+    from pyper.kernels.row_epilogue import store_finished
+
+    @triton.jit
+    def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):
+        """Eight numbers per thread, (T, 8), widened, times their gain; and their squares (T,)."""
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += tl.sum(x * x, axis=1)
+            gain = tl.load(gain_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+            # Rounded as where several rows are multiplied: one text or two, one result.
+            x = (x * gain).to(x_ptr.dtype.element_ty).to(tl.float32)
+        return x, squares
+
+    @triton.jit
+    def _bits(x):
+        return x.to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _exponent(x):
+        """The highest of each eight (T, 8), as the bits of a float32; all ones of no number."""
+        return tl.max(_bits(x) & 0x7F800000, axis=1)
+
+    @triton.jit
+    def _pairs(x, per_step):
+        """x (T, 8) as whole numbers of 16 bits, two in each: (T, 4)."""
+        # 3·2²² more: the last bits of the sum are those of the whole number, as two's complement.
+        q = _bits(x * per_step[:, None] + 12582912.0)
+        first, second = tl.split(tl.reshape(q, (x.shape[0], 4, 2)))
+        return (first & 0xFFFF) | (second << 16)
+
+    @triton.jit
+    def _of_words(pairs, more):
+        """Pairs (T, 4) of two eights, as the first and the last pair of each of four words."""
+        T: tl.constexpr = pairs.shape[0]
+        both = tl.permute(tl.join(pairs, more), (0, 2, 1))
+        first, last = tl.split(tl.reshape(both, (T, 4, 2)))
+        return first, last
+
+    @triton.jit
+    def _whole(x, more):
+        """Sixteen numbers as pairs of 16 bits, (T, 4) twice, and their step (T,)."""
+        # The largest becomes 2¹⁴ … 2¹⁵. Zeros and the very smallest become zeros; what is infinite
+        # or no number has an infinite step, so the result is infinite or no number too.
+        exponent = tl.maximum(tl.maximum(_exponent(x), _exponent(more)), 32 << 23)
+        steps = tl.where(exponent == 255 << 23, exponent, exponent - (14 << 23))
+        per_step = ((254 << 23) - (exponent - (14 << 23))).to(tl.float32, bitcast=True)
+        first, last = _of_words(_pairs(x, per_step), _pairs(more, per_step))
+        return first, last, steps.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _byte(words, PLACE: tl.constexpr):
+        return (words << (24 - 8 * PLACE)) >> 24
+
+    @triton.jit
+    def _dp2a(words, first, last, HARDWARE: tl.constexpr):
+        """Σ over the four int8 of each word times four of 16 bits, in int32."""
+        if HARDWARE:
+            return tl.inline_asm_elementwise(
+                "dp2a.lo.s32.s32 $0, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, $0;",
+                "=&r,r,r,r",
+                [words, first, last],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+        out = _byte(words, 0) * ((first << 16) >> 16) + _byte(words, 1) * (first >> 16)
+        return out + _byte(words, 2) * ((last << 16) >> 16) + _byte(words, 3) * (last >> 16)
+
+    @triton.jit
+    def _times(words, first, last, steps, HARDWARE: tl.constexpr):
+        """Words (T, BLOCK_N, 4) times the row's numbers: float32 (T, BLOCK_N)."""
+        whole = tl.sum(_dp2a(words, first[:, None, :], last[:, None, :], HARDWARE), axis=2)
+        return whole.to(tl.float32) * steps[:, None]
+
+    @triton.jit
+    def _row_times_int8(
+        x_ptr,
+        words_ptr,
+        scale_ptr,
+        bias_ptr,
+        gain_ptr,
+        residual_ptr,
+        out_ptr,
+        eps,
+        N: tl.constexpr,
+        WORDS: tl.constexpr,
+        ACTIVATION: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        HAS_SCALE: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_W: tl.constexpr,
+        HARDWARE: tl.constexpr,
+        OVERLAP: tl.constexpr = False,
+    ):
+        D: tl.constexpr = WORDS * 4
+        T: tl.constexpr = BLOCK_W // 4
+        GATED: tl.constexpr = ACTIVATION == "swiglu"
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        w = (4 * tl.arange(0, T)[:, None] + tl.arange(0, 4)[None, :])[:, None, :]
+        d = 16 * tl.arange(0, T)[:, None] + tl.arange(0, 8)[None, :]
+        rows = words_ptr + n.to(tl.int64)[None, :, None] * WORDS + w
+        inside = (n < N)[None, :, None] & (w < WORDS)
+        gates = tl.load(rows, mask=inside, other=0)
+        values = gates
+        if GATED:
+            values = tl.load(rows + N * WORDS, mask=inside, other=0)
+        wait_for_others(OVERLAP)
+        sums = tl.zeros((T, BLOCK_N), dtype=tl.float32)
+        value_sums = tl.zeros((T, BLOCK_N), dtype=tl.float32)
+        squares = tl.zeros((T,), dtype=tl.float32)
+        for start in tl.static_range(0, WORDS, BLOCK_W):
+            at = 4 * start + d
+            x, squares = _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM)
+            more, squares = _eight(x_ptr, gain_ptr, at + 8, squares, D, HAS_NORM)
+            first, last, steps = _whole(x, more)
+            later = start + BLOCK_W
+            ahead = (n < N)[None, :, None] & (later + w < WORDS)
+            these, gates = gates, tl.load(rows + later, mask=ahead, other=0)  # on their way
+            sums += _times(these, first, last, steps, HARDWARE)
+            if GATED:
+                these, values = values, tl.load(rows + N * WORDS + later, mask=ahead, other=0)
+                value_sums += _times(these, first, last, steps, HARDWARE)
+        total, total_values = tl.sum(sums, axis=0), tl.sum(value_sums, axis=0)
+        if HAS_NORM:
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
+            total *= scale
+            total_values *= scale
+        store_finished(
+            *(total, total_values, n, scale_ptr, bias_ptr, residual_ptr, out_ptr),
+            *(N, ACTIVATION, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL),
+        )
