@@ -6,48 +6,60 @@ The four products of a layer of `8x1b5` with what stands around them (norm, GELU
 in bf16, int8 and fp8. The peer is the same in plain torch: cuBLAS and its neighbours, bf16. Weights
 are read cold, as in decoding: copies beyond the cache take turns inside one recorded graph. The
 share is the weights' bytes a second of what the card copies a second. "apart": each kernel waits
-for the one before it, instead of beginning early. `--sweep` tries block shapes (built in parallel
-first) and prints the best of each product. Without a GPU: tiny shapes, to see that it runs.
+for the one before it, instead of beginning early. "layer": the four one after another, as decoding
+calls them, without attention. `--sweep` tries block shapes (built in parallel first) and prints the
+best of each product. Without a GPU: tiny shapes, to see that it runs.
 """
 
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from _record import add_json_option, write_record
+from _thin_products import (
+    GPU,
+    PRODUCTS,
+    as_decoding,
+    inputs,
+    layer_as_decoding,
+    layers,
+    torch_layer,
+    weights,
+)
 from _timing import as_graph, copied_bytes_per_second, median_ms
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyper.generate.narrow_weights import NarrowLinear, thin_weight
-from pyper.kernels import InputNorm, ThinWeight, row_linear, thin_linear, thin_linear_torch
+from pyper.kernels import ThinWeight, row_linear, thin_linear, thin_linear_torch
+from pyper.kernels.launch import block_of
+from pyper.kernels.thin_linear import Blocks
 from pyper.stages.context import available_cores
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 STORED = ("bf16", "int8", "fp8")
-NORM, RESIDUAL = {"norm": True}, {"residual": True}
-PRODUCTS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "qkv": (3, 1, NORM),
-    "out": (1, 1, RESIDUAL),
-    "up": (4, 1, NORM | {"activation": "gelu"}),
-    "down": (1, 4, RESIDUAL),
-    "head": (16, 1, NORM),
-}
-"""Outputs and inputs of the products of a layer, in widths, and what stands around them."""
 COLD_BYTES = 400_000_000 if GPU else 1
+PARTS = 4
+"""Of the shapes of a product, built side by side."""
 SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4))
 """Of one row: outputs of a block, words of four bytes of a weight row, warps."""
-SWEEP_FEW = ((16, 32, 64), (128, 256), (3, 4), (4, 8))
-"""Of several: outputs and inputs of a block, stages, warps."""
+SWEEP_FEW = (
+    *((64, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 3), (128, 5))),
+    *((128, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
+    *((128, inputs, stages, 8) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
+    *((outputs, 256, 4, 4) for outputs in (16, 32)),
+)
+"""Of several: outputs and inputs of a block, stages, warps; and how many programs share inputs."""
+SWEEP_SPLITS = (1, 2, 4, 8)
+SWEEP_LINES = (4, 8, 16, 32)
+"""Of each weight row, asked for ahead; tried in whole layers."""
 
 
 def parse() -> argparse.Namespace:
@@ -61,29 +73,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def weights(n_out: int, n_in: int, stored: str, size: int) -> list[ThinWeight]:
-    """As many copies as hold `size` bytes."""
-    linear = nn.Linear(n_in, n_out, bias=False, device=DEVICE, dtype=torch.bfloat16)
-    kept = linear if stored == "bf16" else NarrowLinear(linear, stored)
-    first = thin_weight(kept)
-    n = size // first.weight.nbytes + 1
-    return [ThinWeight(first.weight.clone(), first.scale, None) for _ in range(n)]
-
-
-def inputs(
-    batch: int, n_out: int, n_in: int, around: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=DEVICE).to(torch.bfloat16)
-
-    options: dict[str, Any] = {"activation": around.get("activation")}
-    options["norm"] = InputNorm(draw(n_in), 1e-6) if "norm" in around else None
-    options["residual"] = draw(batch, n_out) if "residual" in around else None
-    return draw(batch, n_in), options
-
-
 def microseconds(
-    function: Callable[..., Tensor], x: Tensor, copies: list[ThinWeight], options: dict[str, Any]
+    function: Callable[..., Tensor], x: Tensor, copies: Sequence[Any], options: dict[str, Any]
 ) -> float:
     def step(_: int) -> None:
         for weight in copies:
@@ -93,7 +84,8 @@ def microseconds(
 
 
 def check(x: Tensor, weight: ThinWeight, options: dict[str, Any]) -> None:
-    ours, reference = (f(x, weight, **options).float() for f in (overlapped, thin_linear_torch))
+    kernel = as_decoding(x, options)
+    ours, reference = (f(x, weight, **options).float() for f in (kernel, thin_linear_torch))
     off = ((ours - reference).norm() / reference.norm()).item()
     assert off < 0.02, f"the kernel is off by {off:.2%}"
 
@@ -102,50 +94,71 @@ def sweep(
     x: Tensor, copies: list[ThinWeight], options: dict[str, Any]
 ) -> list[tuple[float, tuple[int, ...]]]:
     """Microseconds of every block shape that builds, best first."""
-    found = []
-    for shape in shapes(len(x)):
+    found, kernel = [], as_decoding(x, options)
+    for shape in shapes(len(x), copies[0]):
         with blocks(len(x), shape):
             try:
-                found.append((microseconds(overlapped, x, copies, options), shape))
+                check(x, copies[0], options)
+                found.append((microseconds(kernel, x, copies, options), shape))
             except Exception:  # too much shared memory, or no such product
                 continue
     return sorted(found)
 
 
-def shapes(batch: int) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(SWEEP_ONE if batch == 1 else SWEEP_FEW)))
+def shapes(batch: int, weight: ThinWeight) -> list[tuple[int, ...]]:
+    if batch == 1:
+        return list(itertools.product(*SWEEP_ONE))
+    found: list[tuple[int, ...]] = []
+    for (outputs, depth, stages, warps), splits in itertools.product(SWEEP_FEW, SWEEP_SPLITS):
+        programs = len(weight.weight) // outputs * splits
+        if splits == 1 or 64 <= programs <= 300:  # neither idle processors nor two rounds
+            found.append(Blocks(outputs, depth, splits, stages, warps))
+    return found
+
+
+def few_rows() -> ModuleType:
+    return sys.modules[thin_linear.__module__]
+
+
+@contextmanager
+def asked_ahead(lines: int) -> Iterator[None]:
+    with mock.patch.object(few_rows(), "MOST_LINES", lines):
+        yield
 
 
 @contextmanager
 def blocks(batch: int, shape: tuple[int, ...]) -> Iterator[None]:
     """Kernels in this block shape."""
-    module = row_linear if batch == 1 else sys.modules[thin_linear.__module__]
+    module = row_linear if batch == 1 else few_rows()
     with mock.patch.object(module, "_blocks", return_value=shape):
         yield
 
 
-def build(job: tuple[str, int, int, str, tuple[int, ...]]) -> None:
-    """Run once, so that the kernel is in Triton's cache; it is what takes the time."""
-    name, batch, width, stored, shape = job
+def build(job: tuple[str, int, int, str, int]) -> None:
+    """Run some shapes once, so that they are in Triton's cache; it is what takes the time."""
+    name, batch, width, stored, part = job
+    if name == "layer":
+        with asked_ahead(SWEEP_LINES[part]), suppress(Exception):
+            x, layer = inputs(batch, width, width, {})[0], layers(width, stored, 0)[0]
+            layer_as_decoding(x)(x, layer)
+        return
     n_out, n_in, around = PRODUCTS[name]
     x, options = inputs(batch, n_out * width, n_in * width, around)
-    with blocks(batch, shape), suppress(Exception):
-        overlapped(x, weights(n_out * width, n_in * width, stored, 0)[0], **options)
+    weight = weights(n_out * width, n_in * width, stored, 0)[0]
+    for shape in shapes(batch, weight)[part::PARTS]:
+        with blocks(batch, shape), suppress(Exception):
+            as_decoding(x, options)(x, weight, **options)
 
 
 def build_all(args: argparse.Namespace) -> None:
-    jobs = [
-        (name, batch, args.width, stored, shape)
-        for name, batch, stored in itertools.product(args.products, args.batches, args.stored)
-        for shape in shapes(batch)
-    ]
+    # Batches that fill the same block are the same kernels.
+    batches = {1 if batch == 1 else max(block_of(batch, 64), 16): batch for batch in args.batches}
+    every = itertools.product(
+        [*args.products, "layer"], batches.values(), args.stored, range(PARTS)
+    )
+    jobs = [(name, batch, args.width, stored, part) for name, batch, stored, part in every]
     with ProcessPoolExecutor(max(1, available_cores() - 1), get_context("spawn")) as pool:
-        list(pool.map(build, jobs, chunksize=4))
-
-
-def overlapped(x: Tensor, weight: ThinWeight, **options: Any) -> Tensor:
-    """As decoding calls it."""
-    return thin_linear(x, weight, **options, overlap=True)
+        list(pool.map(build, jobs))
 
 
 @torch.no_grad()
@@ -161,13 +174,34 @@ def row_of(
         check(x, copies[0], options)
         if stored == "bf16":
             row["torch"] = microseconds(thin_linear_torch, x, copies, options)
-            row["apart"] = microseconds(thin_linear, x, copies, options)
-        row[stored] = microseconds(overlapped, x, copies, options)
+            apart = as_decoding(x, options, overlap=False)
+            row["apart"] = microseconds(apart, x, copies, options)
+        row[stored] = microseconds(as_decoding(x, options), x, copies, options)
         row[f"{stored} share"] = copies[0].weight.nbytes / (row[stored] / 1e6) / bandwidth
         if args.sweep:
             best = row[f"{stored} sweep"] = sweep(x, copies, options)
             shown = [(round(t, 1), s) for t, s in best[:3]]
             console.print(name, batch, stored, f"{row[stored]:.1f}", shown)
+    return row
+
+
+@torch.no_grad()
+def row_of_layer(
+    args: argparse.Namespace, bandwidth: float, batch: int, console: Console
+) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    x, _ = inputs(batch, args.width, args.width, {})
+    for stored in args.stored:
+        copies = layers(args.width, stored, COLD_BYTES)
+        nbytes = sum(w.weight.nbytes for w in copies[0])
+        if stored == "bf16":
+            row["torch"] = microseconds(torch_layer, x, copies, {})
+        row[stored] = microseconds(layer_as_decoding(x), x, copies, {})
+        row[f"{stored} share"] = nbytes / (row[stored] / 1e6) / bandwidth
+        for lines in SWEEP_LINES if args.sweep and batch > 1 else ():
+            with asked_ahead(lines):
+                row[f"{stored} {lines} lines"] = microseconds(layer_as_decoding(x), x, copies, {})
+    console.print("layer", batch, {name: round(value, 2) for name, value in row.items()})
     return row
 
 
@@ -180,8 +214,12 @@ def main() -> None:
     columns = ["torch", "apart", *args.stored, *(f"{s} share" for s in args.stored)]
     table = Table("µs of a product", "batch", *columns)
     results: dict[str, Any] = {}
-    for name, batch in itertools.product(args.products, args.batches):
-        row = results[f"{name} {batch}"] = row_of(args, bandwidth, name, batch, console)
+    for name, batch in itertools.product([*args.products, "layer"], args.batches):
+        if name == "layer":
+            row = row_of_layer(args, bandwidth, batch, console)
+        else:
+            row = row_of(args, bandwidth, name, batch, console)
+        results[f"{name} {batch}"] = row
         table.add_row(name, str(batch), *(f"{row.get(c, 0):.3g}" for c in columns))
         write_record(args.json, {"bytes_per_second": bandwidth, "rows": results})
     console.print(table)

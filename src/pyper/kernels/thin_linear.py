@@ -32,6 +32,8 @@ MOST_ROWS = 64
 """With more, the product is bound by arithmetic, and a library's is faster."""
 TICKETS = 256
 """As many blocks of outputs may be put together of parts."""
+MOST_LINES = 16
+"""Of 128 bytes, of each weight row, are asked for before there is a use for them."""
 _PROGRAMS = 96
 """Each of a large GPU's processors should have a program, or nearly."""
 
@@ -281,4 +283,4 @@ def _width_of(weight: Tensor, activation: str) -> int:
 def _ahead(row_bytes: int) -> int:
     """Lines of 128 bytes of each weight row that are asked for before there is a use for them."""
     lines = max(row_bytes // 128, 1)
-    return min(1 << (lines.bit_length() - 1), 16)
+    return min(1 << (lines.bit_length() - 1), MOST_LINES)
