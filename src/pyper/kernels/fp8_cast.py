@@ -1,0 +1,204 @@
+"""Tensors in 8-bit floats as products on tensor cores take them: contraction contiguous, one scale.
+
+A tensor is a factor of two products, once along its rows and once along its columns: one pass reads
+it and writes both. Scales are powers of two, from the largest value or a bound of it; another pass,
+which only reads, finds that (deterministic: no atomics).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyper.kernels import launch
+from pyper.kernels.launch import block_of, wide
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# A largest value below it is taken for it: scales stay within float32.
+_SMALLEST = 2.0**-100
+# Sums of squares below it may have lost parts of themselves.
+_LEAST_SQUARES = 1e-30
+# So many partial results, whatever the GPU; rows of tiles that a program reads at a time.
+_PARTS, _TILE = 1024, 8192
+_BLOCK_N, _BLOCK_D = 128, 128
+
+
+class Factor(NamedTuple):
+    """x ≈ rows · scale, in both layouts."""
+
+    rows: Tensor
+    """(N, D)"""
+    columns: Tensor
+    """(D, N), contiguous: the transposed."""
+    scale: Tensor
+    """(), float32"""
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype, bound: Tensor | None = None) -> Factor:
+    """x (N, D) in 8 bits; `bound` (): at least its largest value, which is sought without.
+
+    A not-a-number or infinity in x makes the scale not a number, so that it is not hidden.
+    """
+    inverse, scale = scales(largest_of(x) if bound is None else bound, dtype)
+    rows, columns = cast_both(x, inverse, dtype) if _by_kernel(x) else _cast(x, inverse, dtype)
+    return Factor(rows, columns, scale)
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """max |x|, (), float32, of (N, D); not a number where one of them is none."""
+    if not _by_kernel(x):
+        return x.detach().abs().amax().float()
+    return measure(x, False)[0].amax()
+
+
+def largest_and_norm_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """max |x| as above, and the largest norm of a row, or a bound of it where squares overflow."""
+    if _by_kernel(x):
+        largest, squares = (parts.amax() for parts in measure(x, True))
+    else:
+        largest = x.detach().abs().amax().float()
+        squares = x.detach().float().square().sum(dim=1).amax()
+    norm = torch.where(squares > _LEAST_SQUARES, squares.sqrt(), torch.inf)
+    return largest, torch.minimum(norm, largest * x.shape[1] ** 0.5)
+
+
+def scales(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(1 / scale, scale), () float32: the power of two that makes best use of the range.
+
+    Powers of two lose no bits.
+    """
+    ratio = torch.finfo(dtype).max / largest.clamp(min=_SMALLEST)
+    exponent = torch.log2(ratio).floor()
+    scale = torch.where(largest.isfinite(), torch.exp2(-exponent), torch.nan)
+    return torch.exp2(exponent), scale
+
+
+def _by_kernel(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and launch.runs_triton(x)
+
+
+def _cast(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The twin of `cast_both`, in plain torch."""
+    rows = (x.to(wide(x.dtype)) * inverse).to(dtype)
+    return rows, rows.t().contiguous()
+
+
+@torch.library.custom_op("pyper::fp8_measure", mutates_args=())
+def measure(x: Tensor, norms: bool) -> tuple[Tensor, Tensor]:
+    """Parts (P,) float32, whose maxima are those of |x| and of rows' squares (empty if not asked).
+
+    x (N, D) bf16.
+    """
+    x = x.contiguous()
+    largest, squares = _parts_of(x, norms)
+    block = block_of(x.shape[1], 2048)
+    rows = max(1, _TILE // block)
+    _measure[(len(largest),)](
+        *(x, largest, squares, len(x), x.shape[1], len(largest)),
+        NORMS=norms,
+        ROWS=rows,
+        BLOCK_D=block,
+        num_warps=8,
+    )
+    return largest, squares
+
+
+@measure.register_fake
+def _(x: Tensor, norms: bool) -> tuple[Tensor, Tensor]:
+    return _parts_of(x, norms)
+
+
+def _parts_of(x: Tensor, norms: bool) -> tuple[Tensor, Tensor]:
+    rows = max(1, _TILE // block_of(x.shape[1], 2048))
+    n_parts = min(_PARTS, -(-len(x) // rows))
+    largest = x.new_empty(n_parts, dtype=torch.float32)
+    return largest, x.new_empty(n_parts if norms else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("pyper::fp8_cast_both", mutates_args=())
+def cast_both(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x · inverse in 8 bits, (N, D), and transposed, (D, N); x bf16."""
+    x = x.contiguous()
+    N, D = x.shape
+    rows, columns = _both_of(x, dtype)
+    _cast_both[(triton.cdiv(N, _BLOCK_N) * triton.cdiv(D, _BLOCK_D),)](
+        *(x, inverse, rows, columns, N, D),
+        BLOCK_N=_BLOCK_N,
+        BLOCK_D=_BLOCK_D,
+        num_warps=8,
+    )
+    return rows, columns
+
+
+@cast_both.register_fake
+def _(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _both_of(x, dtype)
+
+
+def _both_of(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    N, D = x.shape
+    return x.new_empty(N, D, dtype=dtype), x.new_empty(D, N, dtype=dtype)
+
+
+if launch.HAS_TRITON:
+
+    @triton.jit
+    def _measure(
+        x_ptr,
+        largest_ptr,
+        squares_ptr,
+        N,
+        D,
+        P,
+        NORMS: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        part = tl.program_id(0)
+        d = tl.arange(0, BLOCK_D)
+        # As integers, absolute values stand in order, and what is no number above all that are.
+        largest = tl.zeros((ROWS, BLOCK_D), dtype=tl.int32)
+        most = tl.zeros((ROWS,), dtype=tl.float32)
+        for block in range(part * ROWS, N, P * ROWS):
+            n = block + tl.arange(0, ROWS)
+            squares = tl.zeros((ROWS,), dtype=tl.float32)
+            for start in range(0, D, BLOCK_D):
+                at = n.to(tl.int64)[:, None] * D + (start + d)[None, :]
+                inside = (n < N)[:, None] & (start + d < D)[None, :]
+                x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+                largest = tl.maximum(largest, bits)
+                if NORMS:
+                    squares += tl.sum(x * x, axis=1)
+            most = tl.maximum(most, squares)
+        found = tl.max(tl.max(largest, axis=1), axis=0)
+        tl.store(largest_ptr + part, found.to(tl.float32, bitcast=True))
+        if NORMS:
+            tl.store(squares_ptr + part, tl.max(most, axis=0))
+
+    @triton.jit
+    def _cast_both(
+        x_ptr,
+        inverse_ptr,
+        rows_ptr,
+        columns_ptr,
+        N,
+        D,
+        BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        across = tl.cdiv(D, BLOCK_D)
+        n = tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.program_id(0) % across * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        at = n.to(tl.int64)[:, None] * D + d[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        narrow = (x * tl.load(inverse_ptr)).to(rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr + at, narrow, mask=inside)
+        inside = (d < D)[:, None] & (n < N)[None, :]
+        at = d.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(columns_ptr + at, tl.trans(narrow), mask=inside)
