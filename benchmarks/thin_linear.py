@@ -48,8 +48,9 @@ STORED = ("bf16", "int8", "fp8")
 COLD_BYTES = 400_000_000 if GPU else 1
 PARTS = 4
 """Of the shapes of a product, built side by side."""
-SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4))
-"""Of one row: outputs of a block, words of four bytes of a weight row, warps."""
+SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4), (True,))
+"""Of one row: outputs of a block, words of four bytes of a weight row, warps; widened weights."""
+SWEEP_INT8 = ((2, 4, 8, 16, 32), (256, 512, 1024, 2048), (1, 2, 4, 8, 16), (False,))
 SWEEP_FEW = (
     *((64, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 3), (128, 5))),
     *((128, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
@@ -107,12 +108,25 @@ def sweep(
 
 def shapes(batch: int, weight: ThinWeight) -> list[tuple[int, ...]]:
     if batch == 1:
-        return list(itertools.product(*SWEEP_ONE))
+        return shapes_of_one(weight)
     found: list[tuple[int, ...]] = []
     for (outputs, depth, stages, warps), splits in itertools.product(SWEEP_FEW, SWEEP_SPLITS):
         programs = len(weight.weight) // outputs * splits
         if splits == 1 or 64 <= programs <= 300:  # neither idle processors nor two rounds
             found.append(Blocks(outputs, depth, splits, stages, warps))
+    return found
+
+
+def shapes_of_one(weight: ThinWeight) -> list[tuple[int, ...]]:
+    widened = list(itertools.product(*SWEEP_ONE))
+    if weight.weight.dtype != torch.int8:
+        return widened
+    longest = block_of(weight.weight.shape[1] // 4, 1 << 20)
+    found: list[tuple[int, ...]] = [(4, 512, 4, True), (8, 256, 2, True)]
+    for outputs, words, warps, _ in itertools.product(*SWEEP_INT8):
+        held = outputs * words // (32 * warps)  # by a thread, of a block's words
+        if words <= longest and words >= 128 * warps and 8 <= held <= 128:
+            found.append((outputs, words, warps, False))
     return found
 
 

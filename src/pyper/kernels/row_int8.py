@@ -1,9 +1,10 @@
 """`thin_linear` of a single row with int8 weights that nobody widens: the row becomes integers.
 
-Sixteen numbers at a time become integers of 16 bits and one step, a power of two: x = step · q. A
-bf16 has eight bits of precision, so a number is kept exactly if it is no less than 1/128 of the
-largest beside it; a smaller one is off by at most 2⁻¹⁶ of the largest. Two instructions (dp2a) then
-multiply and add four weights; to widen them first takes sixteen. Integers are added exactly.
+512 numbers at a time become integers of 16 bits and one step, a power of two: x = step · q. A bf16
+has eight bits of precision, so a number is kept exactly if it is no less than 1/128 of the largest
+of the 512; a smaller one is off by at most 2⁻¹⁵ of the largest. Two instructions (dp2a) then
+multiply and add four weights; to widen them first takes sixteen. The sum of 512 products fits 32
+bits, whatever they are, so it is exact, and a warp adds up its integers in one instruction.
 
 A thread holds the sixteen weights of a row that its sixteen numbers meet: nothing is exchanged
 before the sums.
@@ -34,9 +35,25 @@ if launch.HAS_TRITON:
         return x.to(tl.int32, bitcast=True)
 
     @triton.jit
-    def _exponent(x):
-        """The highest of each eight (T, 8), as the bits of a float32; all ones of no number."""
-        return tl.max(_bits(x) & 0x7F800000, axis=1)
+    def _larger(a, b):
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def _exponents(x, more):
+        """The highest of x and more (T, 8) in each warp's part, as bits of a float32: (T/32,).
+
+        All of its bits are set if there is what is infinite or no number.
+        """
+        T: tl.constexpr = x.shape[0]
+        LANES: tl.constexpr = 32 if T > 32 else T
+        largest = _larger(tl.reduce(tl.abs(x), 1, _larger), tl.reduce(tl.abs(more), 1, _larger))
+        return tl.max(tl.reshape(_bits(largest), (T // LANES, LANES)), axis=1) & 0x7F800000
+
+    @triton.jit
+    def _to_lanes(x, T: tl.constexpr):
+        """x (T/32,) for each of T threads."""
+        LANES: tl.constexpr = T // x.shape[0]
+        return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], LANES)), (T,))
 
     @triton.jit
     def _pairs(x, per_step):
@@ -56,12 +73,13 @@ if launch.HAS_TRITON:
 
     @triton.jit
     def _whole(x, more):
-        """Sixteen numbers as pairs of 16 bits, (T, 4) twice, and their step (T,)."""
+        """Sixteen numbers as pairs of 16 bits, (T, 4) twice, and steps (T/32,)."""
         # The largest becomes 2¹⁴ … 2¹⁵. Zeros and the very smallest become zeros; what is infinite
         # or no number has an infinite step, so the result is infinite or no number too.
-        exponent = tl.maximum(tl.maximum(_exponent(x), _exponent(more)), 32 << 23)
+        exponent = tl.maximum(_exponents(x, more), 32 << 23)
         steps = tl.where(exponent == 255 << 23, exponent, exponent - (14 << 23))
         per_step = ((254 << 23) - (exponent - (14 << 23))).to(tl.float32, bitcast=True)
+        per_step = _to_lanes(per_step, x.shape[0])
         first, last = _of_words(_pairs(x, per_step), _pairs(more, per_step))
         return first, last, steps.to(tl.float32, bitcast=True)
 
@@ -86,8 +104,11 @@ if launch.HAS_TRITON:
 
     @triton.jit
     def _times(words, first, last, steps, HARDWARE: tl.constexpr):
-        """Words (T, BLOCK_N, 4) times the row's numbers: float32 (T, BLOCK_N)."""
+        """Words (T, BLOCK_N, 4) times the row's numbers: float32 (T/32, BLOCK_N)."""
+        WARPS: tl.constexpr = steps.shape[0]
         whole = tl.sum(_dp2a(words, first[:, None, :], last[:, None, :], HARDWARE), axis=2)
+        whole = tl.reshape(whole, (WARPS, words.shape[0] // WARPS, words.shape[1]))
+        whole = tl.sum(whole, axis=1)
         return whole.to(tl.float32) * steps[:, None]
 
     @triton.jit
@@ -125,8 +146,9 @@ if launch.HAS_TRITON:
         if GATED:
             values = tl.load(rows + N * WORDS, mask=inside, other=0)
         wait_for_others(OVERLAP)
-        sums = tl.zeros((T, BLOCK_N), dtype=tl.float32)
-        value_sums = tl.zeros((T, BLOCK_N), dtype=tl.float32)
+        WARPS: tl.constexpr = T // 32 if T > 32 else 1
+        sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
+        value_sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
         squares = tl.zeros((T,), dtype=tl.float32)
         for start in tl.static_range(0, WORDS, BLOCK_W):
             at = 4 * start + d

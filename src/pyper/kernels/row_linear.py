@@ -69,7 +69,7 @@ def takes(weight: Tensor) -> bool:
 def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> tuple[int, int, int, bool]:
     """Rows and words of the weight, and warps, of a program; whether weights are widened."""
     if stored == torch.int8:
-        return 8, 512, 4, False
+        return (8, 512, 4, False) if row_words <= 512 else (8, 1024, 8, False)
     if n_outputs <= row_words:  # from here on, what was best on an H200
         return 4, 512, 4, True
     if stored == torch.float8_e4m3fn:
