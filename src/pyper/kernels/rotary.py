@@ -107,6 +107,19 @@ def rotated_product(
     product: only then does nobody else hold what is overwritten.
     """
     product = F.linear(rows, weight, bias)
+    turn_in_place(product, cos, sin, turned)
+    return product
+
+
+@rotated_product.register_fake
+def _(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, turned: int
+) -> Tensor:
+    return rows.new_empty(len(rows), len(weight))
+
+
+def turn_in_place(product: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
+    """The first `turned` heads of rows (N, W); cos, sin (P, K) as of `rotated_product`."""
     half = cos.shape[1] // 2
     block_k = block_of(half, half * 2)
     block_h = block_of(turned, max(1, 2048 // block_k))
@@ -119,14 +132,6 @@ def rotated_product(
         BLOCK_K=block_k,
         num_warps=4,
     )
-    return product
-
-
-@rotated_product.register_fake
-def _(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, turned: int
-) -> Tensor:
-    return rows.new_empty(len(rows), len(weight))
 
 
 @torch.library.custom_op("pyper::rotation_gradient", mutates_args=())

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from pyper.config import ExpertConfig
 from pyper.kernels import launch, normed_heads, rotated_heads
+from pyper.kernels.fp8_heads import fp8_rotated_heads
 from pyper.nn.causal_attention import causal_attention
+from pyper.nn.fp8_linear import Fp8Linear
 from pyper.nn.kv_cache import CachePass
 from pyper.nn.norm import RMSNorm, rms_norm
 from pyper.nn.rope import apply_rotation
@@ -43,6 +45,7 @@ class Attention(nn.Module):
         # One product for all three: a third of the kernel launches, better shapes for the GEMM.
         self.qkv = nn.Linear(config.d_model, width + 2 * kv_width, bias=config.attention_bias)
         self.out = nn.Linear(width, config.d_model, bias=config.attention_output_bias)
+        self.has_bias = config.attention_bias
         self.by_head = config.qk_norm_over == "head"
         gains = (config.dim_per_head,) * 2 if self.by_head else (width, kv_width)
         self.q_norm, self.k_norm = (
@@ -67,6 +70,9 @@ class Attention(nn.Module):
         """
         if self.runs_as_one(x):
             return self._heads_as_one(x, cos, sin)
+        if self.runs_as_one_in_fp8(x):
+            turns = (cos, sin, self.n_heads, self.n_kv_heads)
+            return fp8_rotated_heads(x, self.qkv.weight, *turns)
         # Queries and keys are normalised and turned together: fewer, larger operations.
         width, kv_width, _ = self.widths
         query_key, value = self.qkv(x).split((width + kv_width, kv_width), dim=-1)
@@ -87,6 +93,11 @@ class Attention(nn.Module):
         plain = type(self.qkv) is nn.Linear and self.rotates
         known = self.q_norm is None or (self.by_head and launch.ON_TRIAL)
         return self.training and plain and known and launch.runs_triton(x)
+
+    def runs_as_one_in_fp8(self, x: Tensor) -> bool:
+        """The same of products of 8-bit floats, without QK-norm."""
+        narrow = isinstance(self.qkv, Fp8Linear) and self.qkv.takes(x) and self.rotates
+        return narrow and self.q_norm is None and not self.has_bias and launch.runs_triton(x)
 
     def _heads_as_one(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias = self.qkv.weight, self.qkv.bias
