@@ -139,12 +139,15 @@ if launch.HAS_TRITON:
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         w = (4 * tl.arange(0, T)[:, None] + tl.arange(0, 4)[None, :])[:, None, :]
         d = 16 * tl.arange(0, T)[:, None] + tl.arange(0, 8)[None, :]
-        rows = words_ptr + n.to(tl.int64)[None, :, None] * WORDS + w
-        inside = (n < N)[None, :, None] & (w < WORDS)
-        gates = tl.load(rows, mask=inside, other=0)
+        place = tl.arange(0, BLOCK_N)
+        if N % BLOCK_N:  # the last row again, instead of one that is not there
+            place = tl.minimum(place, N - 1 - tl.program_id(0) * BLOCK_N)
+        rows = words_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_N * WORDS)
+        rows += place[None, :, None] * WORDS + w
+        gates = tl.load(rows, mask=w < WORDS, other=0)
         values = gates
         if GATED:
-            values = tl.load(rows + N * WORDS, mask=inside, other=0)
+            values = tl.load(rows + N * WORDS, mask=w < WORDS, other=0)
         wait_for_others(OVERLAP)
         WARPS: tl.constexpr = T // 32 if T > 32 else 1
         sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
@@ -156,7 +159,7 @@ if launch.HAS_TRITON:
             more, squares = _eight(x_ptr, gain_ptr, at + 8, squares, D, HAS_NORM)
             first, last, steps = _whole(x, more)
             later = start + BLOCK_W
-            ahead = (n < N)[None, :, None] & (later + w < WORDS)
+            ahead = later + w < WORDS
             these, gates = gates, tl.load(rows + later, mask=ahead, other=0)  # on their way
             sums += _times(these, first, last, steps, HARDWARE)
             if GATED:
