@@ -25,8 +25,12 @@ _BLOCK, _PAIRS, _BLOCK_F = 4096, 64, 64
 
 def hidden_to_fp8(pre: Tensor, inverse: Tensor, activation: str) -> Tensor:
     """activation(pre) · inverse in e4m3, (N, F), of pre (N, F)."""
-    if _by_kernel(pre):
-        return hidden_forward(pre, inverse, activation)
+    f = hidden_forward if _by_kernel(pre) else hidden_to_fp8_torch
+    return f(pre, inverse, activation)
+
+
+def hidden_to_fp8_torch(pre: Tensor, inverse: Tensor, activation: str) -> Tensor:
+    """The twin of `hidden_to_fp8`, in plain torch."""
     return (_activated(pre, activation) * inverse).to(E4M3)
 
 
@@ -37,8 +41,14 @@ def gradients_to_fp8(
 
     N is even.
     """
-    if _by_kernel(pre):
-        return hidden_gradients(dhidden, pre, inverse, hidden_inverse, activation)
+    f = hidden_gradients if _by_kernel(pre) else gradients_to_fp8_torch
+    return f(dhidden, pre, inverse, hidden_inverse, activation)
+
+
+def gradients_to_fp8_torch(
+    dhidden: Tensor, pre: Tensor, inverse: Tensor, hidden_inverse: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of `gradients_to_fp8`, in plain torch."""
     hidden = (_activated(pre, activation) * hidden_inverse).to(E4M3)
     dpre = (dhidden.to(wide(pre.dtype)) * _slope(pre, activation) * inverse).to(E5M2)
     return dpre, dpre.t().contiguous(), hidden.t().contiguous()

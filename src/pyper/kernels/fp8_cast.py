@@ -44,7 +44,7 @@ def to_fp8(x: Tensor, dtype: torch.dtype, bound: Tensor | None = None) -> Factor
     A not-a-number or infinity in x makes the scale not a number, so that it is not hidden.
     """
     inverse, scale = scales(largest_of(x) if bound is None else bound, dtype)
-    rows, columns = cast_both(x, inverse, dtype) if _by_kernel(x) else _cast(x, inverse, dtype)
+    rows, columns = (cast_both if _by_kernel(x) else cast_both_torch)(x, inverse, dtype)
     return Factor(rows, columns, scale)
 
 
@@ -60,8 +60,7 @@ def largest_and_norm_of(x: Tensor) -> tuple[Tensor, Tensor]:
     if _by_kernel(x):
         largest, squares = (parts.amax() for parts in measure(x, True))
     else:
-        largest = x.detach().abs().amax().float()
-        squares = x.detach().float().square().sum(dim=1).amax()
+        largest, squares = measure_torch(x)
     norm = torch.where(squares > _LEAST_SQUARES, squares.sqrt(), torch.inf)
     return largest, torch.minimum(norm, largest * x.shape[1] ** 0.5)
 
@@ -81,7 +80,13 @@ def _by_kernel(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and launch.runs_triton(x)
 
 
-def _cast(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def measure_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest |x| and the largest sum of squares of a row, (), in plain torch."""
+    largest = x.detach().abs().amax().float()
+    return largest, x.detach().float().square().sum(dim=1).amax()
+
+
+def cast_both_torch(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The twin of `cast_both`, in plain torch."""
     rows = (x.to(wide(x.dtype)) * inverse).to(dtype)
     return rows, rows.t().contiguous()
