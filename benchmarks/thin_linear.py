@@ -48,9 +48,9 @@ STORED = ("bf16", "int8", "fp8")
 COLD_BYTES = 400_000_000 if GPU else 1
 PARTS = 4
 """Of the shapes of a product, built side by side."""
-SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4), (True,))
-"""Of one row: outputs of a block, words of four bytes of a weight row, warps; widened weights."""
-SWEEP_INT8 = ((2, 4, 8, 16, 32), (256, 512, 1024, 2048), (1, 2, 4, 8, 16), (False,))
+SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4), (True,), (False, True))
+"""Of one row: as `RowBlocks`."""
+SWEEP_INT8 = ((4, 8, 16), (256, 512, 1024, 2048), (1, 2, 4, 8, 16), (False,), (False, True))
 SWEEP_FEW = (
     *((64, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 3), (128, 5))),
     *((128, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
@@ -123,10 +123,10 @@ def shapes_of_one(weight: ThinWeight) -> list[tuple[int, ...]]:
         return widened
     longest = block_of(weight.weight.shape[1] // 4, 1 << 20)
     found: list[tuple[int, ...]] = [(4, 512, 4, True), (8, 256, 2, True)]
-    for outputs, words, warps, _ in itertools.product(*SWEEP_INT8):
+    for outputs, words, warps, *rest in itertools.product(*SWEEP_INT8):
         held = outputs * words // (32 * warps)  # by a thread, of a block's words
         if words <= longest and words >= 128 * warps and 8 <= held <= 128:
-            found.append((outputs, words, warps, False))
+            found.append((outputs, words, warps, *rest))
     return found
 
 
@@ -199,6 +199,15 @@ def row_of(
     return row
 
 
+@contextmanager
+def let_in_early() -> Iterator[None]:
+    """Kernels of one row in their usual blocks, but the next begins before the last has ended."""
+    usual = row_linear._blocks
+    early = mock.Mock(side_effect=lambda *shape: usual(*shape)._replace(early=True))
+    with mock.patch.object(row_linear, "_blocks", early):
+        yield
+
+
 @torch.no_grad()
 def row_of_layer(
     args: argparse.Namespace, bandwidth: float, batch: int, console: Console
@@ -215,6 +224,9 @@ def row_of_layer(
         for lines in SWEEP_LINES if args.sweep and batch > 1 else ():
             with asked_ahead(lines):
                 row[f"{stored} {lines} lines"] = microseconds(layer_as_decoding(x), x, copies, {})
+        if args.sweep and batch == 1:
+            with let_in_early():
+                row[f"{stored} early"] = microseconds(layer_as_decoding(x), x, copies, {})
     console.print("layer", batch, {name: round(value, 2) for name, value in row.items()})
     return row
 

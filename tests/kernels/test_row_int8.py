@@ -13,16 +13,14 @@ from torch import Tensor
 from kernels.on_triton import DEVICE, kernels, needs_triton, poisoned, random
 from pyper.generate.narrow_weights import quantize_rows
 from pyper.kernels import row_linear
-from pyper.kernels.row_linear import linear_of_row
+from pyper.kernels.row_linear import RowBlocks, linear_of_row
 
 BF16 = torch.bfloat16
 SIZES = [(64, 7), (36, 5), (2500, 9), (4096, 3)]
 """D, N."""
 
 
-def product(
-    x: Tensor, weight: Tensor, scale: Tensor, blocks: tuple[int, int, int, bool] | None = None
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, scale: Tensor, blocks: RowBlocks | None = None) -> Tensor:
     """(N,) in float32, so that no rounding of the result hides an error of its terms."""
     out = torch.empty(1, len(weight), device=DEVICE)
     shape = blocks or row_linear._blocks(len(weight), weight.shape[1] // 4, weight.dtype)
@@ -87,7 +85,7 @@ def test_every_block_shape_gives_the_result_of_widened_weights(
     weight, scale = quantize_rows(random(20, 300, seed=4), "int8")
     x = rows_of(300)["plain"].clamp(min=2**-4, max=2.0)  # nothing to lose: whole numbers are exact
     for widened in (False, True):
-        assert off(product(x, weight, scale, (*blocks, widened)), x, weight, scale) < 1e-6
+        assert off(product(x, weight, scale, RowBlocks(*blocks, widened)), x, weight, scale) < 1e-6
 
 
 @needs_triton

@@ -16,8 +16,7 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.overlap import wait_for_others
-    from pyper.kernels.row_epilogue import store_finished
+    from pyper.kernels.row_ends import store_finished, wait_for_row
 
     @triton.jit
     def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):
@@ -131,6 +130,7 @@ if launch.HAS_TRITON:
         BLOCK_N: tl.constexpr,
         BLOCK_W: tl.constexpr,
         HARDWARE: tl.constexpr,
+        EARLY: tl.constexpr = False,
         OVERLAP: tl.constexpr = False,
     ):
         D: tl.constexpr = WORDS * 4
@@ -148,7 +148,7 @@ if launch.HAS_TRITON:
         values = gates
         if GATED:
             values = tl.load(rows + N * WORDS, mask=w < WORDS, other=0)
-        wait_for_others(OVERLAP)
+        wait_for_row(OVERLAP, EARLY)
         WARPS: tl.constexpr = T // 32 if T > 32 else 1
         sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
         value_sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)

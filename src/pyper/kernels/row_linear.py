@@ -4,6 +4,8 @@ Every program multiplies a few rows of the weight with x. Its first loads are se
 waits for x: in decoding, weights stream on while one kernel ends and the next begins.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,22 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.overlap import wait_for_others
-    from pyper.kernels.row_epilogue import store_finished
+    from pyper.kernels.row_ends import store_finished, wait_for_row
     from pyper.kernels.row_int8 import _row_times_int8
+
+
+class RowBlocks(NamedTuple):
+    """What a program takes."""
+
+    outputs: int
+    words: int
+    """Of each row of the weight at a time."""
+    warps: int
+    widened: bool = True
+    """Whether weights become float32; else (int8 alone) the row becomes integers."""
+    early: bool = False
+    """Whether the next kernel is let in before the last one has ended."""
+
 
 _STORED = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
@@ -39,12 +54,12 @@ def linear_of_row(
     Only of weights that `takes` says so.
     """
     N, words = out.shape[1], weight.view(torch.int32)
-    block_n, block_w, warps, widened = _blocks(N, words.shape[1], weight.dtype)
+    blocks = RowBlocks(*_blocks(N, words.shape[1], weight.dtype))
     own: dict[str, str | bool]
     kernel, own = _linear_of_row, {"STORED": _STORED[weight.dtype]}
-    if not widened:  # dp2a is NVIDIA's
+    if not blocks.widened:  # dp2a is NVIDIA's
         kernel, own = _row_times_int8, {"HARDWARE": x.is_cuda and torch.version.hip is None}
-    kernel[(triton.cdiv(N, block_n),)](
+    kernel[(triton.cdiv(N, blocks.outputs),)](
         *(x, words, scale, bias, gain, residual, out, eps),
         N=N,
         WORDS=words.shape[1],
@@ -53,9 +68,10 @@ def linear_of_row(
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        BLOCK_N=block_n,
-        BLOCK_W=min(block_w, max(block_of(words.shape[1], 1 << 20), 4)),
-        num_warps=warps,
+        BLOCK_N=blocks.outputs,
+        BLOCK_W=min(blocks.words, max(block_of(words.shape[1], 1 << 20), 4)),
+        EARLY=blocks.early,
+        num_warps=blocks.warps,
         **own,
         **overlap_options(overlap, x.device),
     )
@@ -66,17 +82,17 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _STORED and weight.shape[1] * weight.element_size() % 4 == 0
 
 
-def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> tuple[int, int, int, bool]:
-    """Rows and words of the weight, and warps, of a program; whether weights are widened."""
+def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> RowBlocks:
     if stored == torch.int8:
-        return (8, 512, 4, False) if row_words <= 512 else (8, 1024, 8, False)
+        shape = (8, 512, 4) if row_words <= 512 else (8, 1024, 8)
+        return RowBlocks(*shape, widened=False)
     if n_outputs <= row_words:  # from here on, what was best on an H200
-        return 4, 512, 4, True
+        return RowBlocks(4, 512, 4)
     if stored == torch.float8_e4m3fn:
-        return 8, 256, 2, True
+        return RowBlocks(8, 256, 2)
     if n_outputs <= 2 * row_words:
-        return 1, 256, 4, True
-    return (8, 256, 2, True) if n_outputs <= 6 * row_words else (4, 512, 2, True)
+        return RowBlocks(1, 256, 4)
+    return RowBlocks(8, 256, 2) if n_outputs <= 6 * row_words else RowBlocks(4, 512, 2)
 
 
 if launch.HAS_TRITON:
@@ -99,21 +115,21 @@ if launch.HAS_TRITON:
         return bits.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _times(words, x, STORED: tl.constexpr):
-        """Σ over the numbers of each word (BLOCK_N, BLOCK_W) times theirs of x (BLOCK_D,)."""
+    def _with_products(sums, words, x, STORED: tl.constexpr):
+        """sums + the numbers of each word (BLOCK_N, BLOCK_W) times theirs of x (BLOCK_D,)."""
         if STORED == "bf16":
             x0, x1 = tl.split(tl.reshape(x, (words.shape[1], 2)))
-            out = _number(words, 0, STORED) * x0[None, :]
-            out += _number(words, 1, STORED) * x1[None, :]
+            sums += _number(words, 0, STORED) * x0[None, :]
+            sums += _number(words, 1, STORED) * x1[None, :]
         else:
             even, odd = tl.split(tl.reshape(x, (words.shape[1], 2, 2)))
             x0, x2 = tl.split(even)
             x1, x3 = tl.split(odd)
-            out = _number(words, 0, STORED) * x0[None, :]
-            out += _number(words, 1, STORED) * x1[None, :]
-            out += _number(words, 2, STORED) * x2[None, :]
-            out += _number(words, 3, STORED) * x3[None, :]
-        return out
+            sums += _number(words, 0, STORED) * x0[None, :]
+            sums += _number(words, 1, STORED) * x1[None, :]
+            sums += _number(words, 2, STORED) * x2[None, :]
+            sums += _number(words, 3, STORED) * x3[None, :]
+        return sums
 
     @triton.jit
     def _linear_of_row(
@@ -135,6 +151,7 @@ if launch.HAS_TRITON:
         HAS_RESIDUAL: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_W: tl.constexpr,
+        EARLY: tl.constexpr = False,
         OVERLAP: tl.constexpr = False,
     ):
         PER_WORD: tl.constexpr = 2 if STORED == "bf16" else 4
@@ -149,7 +166,7 @@ if launch.HAS_TRITON:
         values = gates
         if GATED:
             values = tl.load(rows + N * WORDS, mask=inside, other=0)
-        wait_for_others(OVERLAP)
+        wait_for_row(OVERLAP, EARLY)
         sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
         value_sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
         squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -166,10 +183,10 @@ if launch.HAS_TRITON:
             later = start + BLOCK_W
             more = (n < N)[:, None] & (later + w < WORDS)[None, :]
             these, gates = gates, tl.load(rows + later, mask=more, other=0)  # on their way
-            sums += _times(these, x, STORED)
+            sums = _with_products(sums, these, x, STORED)
             if GATED:
                 these, values = values, tl.load(rows + N * WORDS + later, mask=more, other=0)
-                value_sums += _times(these, x, STORED)
+                value_sums = _with_products(value_sums, these, x, STORED)
         total, total_values = tl.sum(sums, axis=1), tl.sum(value_sums, axis=1)
         if STORED == "fp8":
             total *= 2.0**60
