@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from kernels.narrow_casts import fp8_kernels
-from kernels.on_triton import DEVICE, error, leaf, needs_triton, random
+from kernels.on_triton import DEVICE, error, leaf, needs_triton, poisoned, random
 from pyper.config import ExpertConfig
 from pyper.kernels import rotated_heads_torch
-from pyper.kernels.fp8_heads import fp8_rotated_heads, fp8_rotated_heads_torch
+from pyper.kernels.fp8_cast import E5M2
+from pyper.kernels.fp8_heads import fp8_rotated_heads, fp8_rotated_heads_torch, turned_back_to_fp8
+from pyper.kernels.rotary import turned_torch
 from pyper.nn.attention import Attention
 from pyper.nn.fp8_linear import use_fp8
 from pyper.nn.rope import rotation
@@ -66,6 +68,31 @@ def test_it_compiles_without_a_break() -> None:
         eager, graphs = run(fp8_rotated_heads), run(compiled)
     for mine, theirs in zip(graphs, eager, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@needs_triton
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize(("n_heads", "n_kv", "dim"), [(4, 2, 16), (5, 1, 48), (9, 9, 8)])
+def test_gradients_are_turned_back_into_both_layouts(
+    n_heads: int, n_kv: int, dim: int, heads_first: bool
+) -> None:
+    cos, sin = rotation(torch.arange(6, device=DEVICE), dim, 10_000.0, None)
+    parts = []
+    for seed, heads in enumerate((n_heads, n_kv, n_kv)):
+        shape = (3, heads, 6, dim) if heads_first else (3, 6, heads, dim)
+        part = random(*shape, seed=seed).to(BF16)
+        parts.append(part if heads_first else part.transpose(1, 2))
+    turned = [
+        turned_torch(x.transpose(1, 2).float(), cos[:, None], -sin[:, None]) for x in parts[:2]
+    ]
+    whole = torch.cat((*turned, parts[2].transpose(1, 2).float()), dim=2).view(18, -1)
+    inverse = torch.tensor(256.0).to(DEVICE)
+    with fp8_kernels(), poisoned():
+        rows, columns = turned_back_to_fp8(*parts, cos, sin, inverse)
+        torch.library.opcheck(turned_back_to_fp8, (*parts, cos, sin, inverse))
+    assert torch.equal(rows.view(torch.uint8).T, columns.view(torch.uint8))
+    # A few numbers lie so close to the middle of two that they round the other way.
+    assert error(rows.float(), (whole * inverse).to(E5M2).float()) < 2e-3
 
 
 def attention(**settings: object) -> Attention:

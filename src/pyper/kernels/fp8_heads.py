@@ -1,4 +1,7 @@
-"""Queries, keys and values in one product of 8-bit floats, turned where they lie."""
+"""Queries, keys and values in one product of 8-bit floats, turned where they lie.
+
+The backward pass turns gradients back on their way into 8 bits: nobody writes them in 16.
+"""
 
 from typing import Any
 
@@ -6,9 +9,17 @@ import torch
 from torch import Tensor
 
 from pyper.kernels import launch
-from pyper.kernels.fp8_cast import E4M3, E5M2, to_fp8
+from pyper.kernels.fp8_cast import E4M3, E5M2, Factor, largest_of, scales, to_fp8
 from pyper.kernels.fp8_products import FAST_BACKWARD, fp8_linear, product
-from pyper.kernels.rotary import rotation_gradient, turn_in_place, turned_torch
+from pyper.kernels.launch import block_of
+from pyper.kernels.rotary import turn_in_place, turned_torch
+
+if launch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+# Pairs of tokens and heads that a program turns with the same angles.
+_PAIRS, _HEADS = 32, 4
 
 
 def fp8_rotated_heads(
@@ -58,11 +69,27 @@ class _RotatedHeads(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         columns, scale, weight, w_scale, cos, sin = ctx.saved_tensors
         needed, settings = ctx.needs_input_grad, (dquery.dtype, FAST_BACKWARD)
-        g = to_fp8(rotation_gradient(dquery, dkey, dvalue, cos, sin), E5M2)
+        g = _gradient_to_fp8(dquery, dkey, dvalue, cos, sin)
         dx = product(g.rows, weight, g.scale, w_scale, *settings) if needed[0] else None
         dx = None if dx is None else dx.view(len(dquery), dquery.shape[2], -1)
         dweight = product(g.columns, columns, g.scale, scale, *settings) if needed[1] else None
         return dx, dweight, None, None, None, None
+
+
+def _gradient_to_fp8(
+    dquery: Tensor, dkey: Tensor, dvalue: Tensor, cos: Tensor, sin: Tensor
+) -> Factor:
+    """The product's gradient (B·T, W) in e5m2. Turning adds at most a factor of √2 to numbers."""
+    parts = (dquery, dkey, dvalue)
+    largest = torch.stack([largest_of(_as_it_lies(part)) for part in parts]).amax()
+    inverse, scale = scales(2**0.5 * largest, E5M2)
+    return Factor(*turned_back_to_fp8(*parts, cos, sin, inverse), scale)
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """x (B, H, T, K) in the order of its memory, so that nothing is copied; (·, K)."""
+    order = sorted(range(4), key=lambda i: (-x.stride(i), i))
+    return x.permute(order).reshape(-1, x.shape[-1])
 
 
 @torch.library.custom_op("pyper::rotated_fp8_product", mutates_args=())
@@ -94,3 +121,124 @@ def _(
     turned: int,
 ) -> Tensor:
     return rows.new_empty(len(rows), len(weight), dtype=dtype)
+
+
+@torch.library.custom_op("pyper::turned_back_to_fp8", mutates_args=())
+def turned_back_to_fp8(
+    dquery: Tensor, dkey: Tensor, dvalue: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotation_gradient` · inverse in e5m2, (B·T, W) and (W, B·T); B·T is even."""
+    rows, columns = _gradient_of(dquery, dkey)
+    (B, H, T, K), kv_heads = dquery.shape, dkey.shape[1]
+    pairs = columns.view(torch.int16)
+    for part, first in ((dquery, 0), (dkey, H), (dvalue, H + kv_heads)):
+        given = part if part.stride(3) == 1 else part.contiguous()
+        heads = given.shape[1]
+        grid = (triton.cdiv(B * T // 2, _PAIRS), triton.cdiv(heads, _HEADS))
+        _turn_back_to_fp8[grid](
+            *(given, *given.stride()[:3], cos, sin, inverse, rows, pairs),
+            *(B * T // 2, rows.shape[1], T, len(cos), first, heads),
+            TURNS=first < H + kv_heads,
+            HALF=K // 2,
+            HEADS=_HEADS,
+            PAIRS=_PAIRS,
+            BLOCK_K=block_of(K // 2, K),
+            num_warps=8,
+        )
+    return rows, columns
+
+
+@turned_back_to_fp8.register_fake
+def _(
+    dquery: Tensor, dkey: Tensor, dvalue: Tensor, cos: Tensor, sin: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _gradient_of(dquery, dkey)
+
+
+def _gradient_of(dquery: Tensor, dkey: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, T, K = dquery.shape
+    width = (H + 2 * dkey.shape[1]) * K
+    shapes = ((B * T, width), (width, B * T))
+    rows, columns = (dquery.new_empty(shape, dtype=E5M2) for shape in shapes)
+    return rows, columns
+
+
+if launch.HAS_TRITON:
+
+    @triton.jit
+    def _turned_bytes(from_ptr, to_ptr, inside, cos, sin, HALF: tl.constexpr):
+        """Stores both halves of heads, turned back; and their bytes."""
+        a = tl.load(from_ptr, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(from_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
+        left = (a * cos + b * sin).to(to_ptr.dtype.element_ty)
+        right = (b * cos - a * sin).to(to_ptr.dtype.element_ty)
+        tl.store(to_ptr, left, mask=inside)
+        tl.store(to_ptr + HALF, right, mask=inside)
+        return (
+            left.to(tl.uint8, bitcast=True).to(tl.int16),
+            right.to(tl.uint8, bitcast=True).to(tl.int16),
+        )
+
+    @triton.jit
+    def _turn_back_to_fp8(
+        from_ptr,
+        stride_b,
+        stride_h,
+        stride_t,
+        cos_ptr,
+        sin_ptr,
+        inverse_ptr,
+        rows_ptr,
+        columns_ptr,
+        N_PAIRS,
+        W,
+        T,
+        P,
+        first,
+        n_heads,
+        TURNS: tl.constexpr,
+        HALF: tl.constexpr,
+        HEADS: tl.constexpr,
+        PAIRS: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+        k = tl.arange(0, BLOCK_K)
+        even, odd = 2 * pair, 2 * pair + 1
+        inside = (pair < N_PAIRS)[:, None] & (k < HALF)[None, :]
+
+        # 1. angles, with the scale in them: it is a power of two
+        inverse = tl.load(inverse_ptr)
+        even_cos = tl.full((PAIRS, BLOCK_K), 1.0, tl.float32) * inverse
+        even_sin = tl.zeros((PAIRS, BLOCK_K), tl.float32)
+        odd_cos, odd_sin = even_cos, even_sin
+        if TURNS:
+            at = (even % P * (2 * HALF) + HALF)[:, None] + k[None, :]
+            even_cos = inverse * tl.load(cos_ptr + at, mask=inside, other=0.0)
+            even_sin = inverse * tl.load(sin_ptr + at, mask=inside, other=0.0)
+            at = (odd % P * (2 * HALF) + HALF)[:, None] + k[None, :]
+            odd_cos = inverse * tl.load(cos_ptr + at, mask=inside, other=0.0)
+            odd_sin = inverse * tl.load(sin_ptr + at, mask=inside, other=0.0)
+
+        # 2. heads of two tokens each; bytes of two rows, neighbours in a column, go together
+        even_at = (even // T).to(tl.int64) * stride_b + (even % T).to(tl.int64) * stride_t
+        odd_at = (odd // T).to(tl.int64) * stride_b + (odd % T).to(tl.int64) * stride_t
+        to = even.to(tl.int64)[:, None] * W + k[None, :]
+        across = (pair < N_PAIRS)[None, :] & (k < HALF)[:, None]
+        for i in range(HEADS):
+            h = tl.program_id(1) * HEADS + i
+            here = inside & (h < n_heads)
+            head = from_ptr + tl.cast(h, tl.int64) * stride_h + k[None, :]
+            rows = rows_ptr + to + (first + h) * (2 * HALF)
+            left, right = _turned_bytes(
+                head + even_at[:, None], rows, here, even_cos, even_sin, HALF
+            )
+            odd_left, odd_right = _turned_bytes(
+                head + odd_at[:, None], rows + W, here, odd_cos, odd_sin, HALF
+            )
+            column = tl.cast((first + h) * (2 * HALF), tl.int64) + k
+            down = columns_ptr + column[:, None] * N_PAIRS + pair[None, :]
+            here = across & (h < n_heads)
+            tl.store(down, tl.trans(left | (odd_left << 8)), mask=here)
+            down += HALF * tl.cast(N_PAIRS, tl.int64)
+            tl.store(down, tl.trans(right | (odd_right << 8)), mask=here)
