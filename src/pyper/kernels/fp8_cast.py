@@ -61,7 +61,7 @@ def largest_and_norm_of(x: Tensor) -> tuple[Tensor, Tensor]:
         largest, squares = (parts.amax() for parts in measure(x, True))
     else:
         largest, squares = measure_torch(x)
-    norm = torch.where(squares > _LEAST_SQUARES, squares.sqrt(), torch.inf)
+    norm = squares.sqrt().masked_fill(squares <= _LEAST_SQUARES, torch.inf)
     return largest, torch.minimum(norm, largest * x.shape[1] ** 0.5)
 
 
@@ -72,7 +72,8 @@ def scales(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     ratio = torch.finfo(dtype).max / largest.clamp(min=_SMALLEST)
     exponent = torch.log2(ratio).floor()
-    scale = torch.where(largest.isfinite(), torch.exp2(-exponent), torch.nan)
+    # Filled, not chosen: a number of Python's for `where` would be copied to the GPU first.
+    scale = torch.exp2(-exponent).masked_fill(~largest.isfinite(), torch.nan)
     return torch.exp2(exponent), scale
 
 
