@@ -18,8 +18,6 @@ from pyper.nn.block import Block
 from pyper.nn.feed_forward import FeedForward
 
 _SHARED_BYTES = 200_000
-# So few leave the memory idle while they attend.
-_FEW_TEXTS = 4
 
 
 class ThinLayers:
@@ -86,7 +84,6 @@ class ThinLayers:
             *(query, key, value, keys, values, pages, positions, PAGE_TOKENS, turn),
             tickets=self._tickets,
             overlap=True,
-            ahead=_read_next(block) if len(rows) <= _FEW_TEXTS else (),
         )
         return self._add(x, mixed.flatten(1), thin_weight(attention.out), norms[1])
 
@@ -116,14 +113,6 @@ class ThinLayers:
             return Turn(cos, sin)
         gains = (attention.q_norm.weight, attention.k_norm.weight)
         return Turn(cos, sin, gains, attention.q_norm.eps)
-
-
-def _read_next(block: Block) -> tuple[Tensor, Tensor]:
-    """What the two products behind attention read."""
-    attention, feed_forward = block.attention, block.feed_forward
-    assert isinstance(attention, Attention)
-    assert isinstance(feed_forward, FeedForward)
-    return thin_weight(attention.out).weight, thin_weight(feed_forward.up).weight
 
 
 def _norms_of(model: Transformer) -> list[InputNorm]:

@@ -5,7 +5,6 @@ The past is cut into parts that are read side by side (split-KV, "Flash-Decoding
 Queries and keys may come as the product wrote them: QK-norm and RoPE are done where they are read.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +20,6 @@ if launch.HAS_TRITON:
 
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
-# Of what is asked for ahead: half of a large GPU's cache.
-_MOST_AHEAD = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,6 @@ def paged_attention(
     *,
     tickets: Tensor | None = None,
     overlap: bool = False,
-    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
     """Store key and value (B, kv_heads, K) of one token per text; what query (B, H, K) reads.
 
@@ -63,8 +59,6 @@ def paged_attention(
     head puts all of them together, where otherwise a kernel of its own must.
     overlap: read positions, pages and cache while the kernel before still runs; that one must not
     have written them.
-    ahead: with `overlap`, at most two contiguous weights that the next kernels read: attention of
-    few texts leaves the memory idle, so they are brought into the cache meanwhile.
     """
     if not launch.runs_triton(query):
         return paged_attention_torch(
@@ -76,7 +70,6 @@ def paged_attention(
         *(query, key, value, keys, values, pages, positions, page_tokens, cos, sin, *gains, eps),
         tickets,
         overlap,
-        list(ahead),
     )
 
 
@@ -138,7 +131,6 @@ def _paged_attention_op(
     eps: float,
     tickets: Tensor | None,
     overlap: bool,
-    ahead: list[Tensor],
 ) -> Tensor:
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
@@ -150,11 +142,9 @@ def _paged_attention_op(
     log_sum = query.new_empty(shape, dtype=torch.float32)
     options = overlap_options(overlap, query.device)
     # Blocks on their way fill a processor's shared memory twice; short parts fill no long block.
-    first, second, lines = _lines_ahead(ahead if options else [])
     tokens = 64 if n_parts == 1 and width * query.element_size() <= 256 else 32
     attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum, out, tickets),
-        *(first, second),
         *(cos, sin, query_gain, key_gain),
         *(query.stride(0), key.stride(0), value.stride(0), pages.stride(0), K**-0.5, eps),
         HAS_TURN=cos is not None,
@@ -167,8 +157,6 @@ def _paged_attention_op(
         BLOCK_G=max(block_of(groups, 1 << 20), 16),
         BLOCK_S=tokens,
         BLOCK_K=max(width, 16),
-        N_AHEAD=lines[0],
-        N_LATER=lines[1],
         num_warps=4,
         num_stages=3,
         **options,
@@ -177,16 +165,6 @@ def _paged_attention_op(
         sizes = {"K": K, "N_PARTS": n_parts, "BLOCK_K": width}
         join_parts[(B * H,)](*(part, log_sum, out), **sizes, num_warps=2, **options)
     return out
-
-
-def _lines_ahead(weights: list[Tensor]) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """Two weights, and how many lines of 128 bytes of each are asked for."""
-    room, lines = _MOST_AHEAD, [0, 0]
-    for i, weight in enumerate(weights):
-        lines[i] = min(weight.nbytes, room) // 128
-        room -= 128 * lines[i]
-    first, second = [w.view(torch.int8) for w in weights] + [None] * (2 - len(weights))
-    return first, second, lines
 
 
 @_paged_attention_op.register_fake
@@ -206,6 +184,5 @@ def _(
     eps: float,
     tickets: Tensor | None,
     overlap: bool,
-    ahead: list[Tensor],
 ) -> Tensor:
     return query.new_empty(query.shape)

@@ -49,18 +49,6 @@ def _slots(pages_ptr, s, past, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _share_ahead(bytes_ptr, N_LINES: tl.constexpr, program, n_programs):
-    """This program's share of the first lines of 128 bytes of a weight."""
-    EACH: tl.constexpr = 256
-    per_program = tl.cdiv(N_LINES, n_programs)
-    for first in range(0, per_program, EACH):
-        within = first + tl.arange(0, EACH)
-        line = program * per_program + tl.minimum(within, per_program - 1)
-        line = tl.minimum(line, N_LINES - 1)
-        ask_ahead(bytes_ptr + line.to(tl.int64) * 128)
-
-
-@triton.jit
 def _join(
     part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
 ):
@@ -81,20 +69,17 @@ def _join(
 
 
 @triton.jit
-def attend_part(
+def attend(
     query_ptr,
     key_ptr,
     value_ptr,
     keys_ptr,
     values_ptr,
     pages_ptr,
-    positions_ptr,
     part_ptr,
     log_sum_ptr,
     out_ptr,
     tickets_ptr,
-    ahead_ptr,
-    later_ptr,
     cos_ptr,
     sin_ptr,
     query_gain_ptr,
@@ -102,9 +87,16 @@ def attend_part(
     query_stride,
     key_stride,
     value_stride,
-    pages_stride,
     scale,
     eps,
+    position,
+    start,
+    past,
+    b,
+    h,
+    part,
+    n_kv_heads,
+    n_parts,
     HAS_TURN: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_TICKETS: tl.constexpr,
@@ -115,35 +107,13 @@ def attend_part(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    N_AHEAD: tl.constexpr = 0,
-    N_LATER: tl.constexpr = 0,
-    OVERLAP: tl.constexpr = False,
+    STAGES: tl.constexpr,
 ):
-    b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+    """One part, tokens start … past, of what one text b and one head h of keys reads."""
     g, d, each = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
-    # Parts are whole blocks: a part may be empty, and then weighs nothing.
-    position = tl.load(positions_ptr + b).to(tl.int32)
-    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
-    start = part * per_part
-    past = tl.minimum(start + per_part, position)
-    pages_ptr += b * pages_stride
     row_width = n_kv_heads * K
     keys_ptr += h * K
     values_ptr += h * K
-    if OVERLAP:
-        IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-        tokens = _slots(pages_ptr, start + each, past, PAGE)[:, None] * row_width
-        lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
-        ask_ahead(keys_ptr + lines)
-        ask_ahead(values_ptr + lines)
-        program = (b * n_kv_heads + h) * n_parts + part
-        n_programs = tl.num_programs(0) * n_kv_heads * n_parts
-        if N_AHEAD > 0:
-            _share_ahead(ahead_ptr, N_AHEAD, program, n_programs)
-        if N_LATER > 0:
-            _share_ahead(later_ptr, N_LATER, program, n_programs)
-    wait_for_others(OVERLAP)
     first = (b * n_kv_heads + h) * GROUPS
     row = first + g  # of the queries, in (B · H)
     in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
@@ -155,7 +125,7 @@ def attend_part(
     highest = tl.full((BLOCK_G,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
-    for block in range(start, past, BLOCK_S):
+    for block in tl.range(start, past, BLOCK_S, num_stages=STAGES):
         s = block + each
         at = _slots(pages_ptr, s, past, PAGE)[:, None] * row_width + d[None, :]
         there = (s < past)[:, None] & (d < K)[None, :]
@@ -205,6 +175,68 @@ def attend_part(
             for group in tl.static_range(GROUPS):
                 _join(part_ptr, log_sum_ptr, out_ptr, first + group, n_parts, d, K, MOST_PARTS)
             tl.store(ticket, 0)
+
+
+@triton.jit
+def attend_part(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    pages_ptr,
+    positions_ptr,
+    part_ptr,
+    log_sum_ptr,
+    out_ptr,
+    tickets_ptr,
+    cos_ptr,
+    sin_ptr,
+    query_gain_ptr,
+    key_gain_ptr,
+    query_stride,
+    key_stride,
+    value_stride,
+    pages_stride,
+    scale,
+    eps,
+    HAS_TURN: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_TICKETS: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = 3,
+    OVERLAP: tl.constexpr = False,
+):
+    b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+    # Parts are whole blocks: a part may be empty, and then weighs nothing.
+    position = tl.load(positions_ptr + b).to(tl.int32)
+    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
+    start = part * per_part
+    past = tl.minimum(start + per_part, position)
+    pages_ptr += b * pages_stride
+    if OVERLAP:
+        IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+        each = tl.arange(0, BLOCK_S)
+        tokens = _slots(pages_ptr, start + each, past, PAGE)[:, None] * (n_kv_heads * K) + h * K
+        lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
+        ask_ahead(keys_ptr + lines)
+        ask_ahead(values_ptr + lines)
+    wait_for_others(OVERLAP)
+    attend(
+        *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, pages_ptr, part_ptr, log_sum_ptr),
+        *(out_ptr, tickets_ptr, cos_ptr, sin_ptr, query_gain_ptr, key_gain_ptr),
+        *(query_stride, key_stride, value_stride, scale, eps, position, start, past),
+        *(b, h, part, n_kv_heads, n_parts),
+        *(HAS_TURN, HAS_NORM, HAS_TICKETS, MOST_PARTS),
+        *(K, GROUPS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, STAGES),
+    )
 
 
 @triton.jit
