@@ -39,6 +39,18 @@ def test_a_cast_is_that_of_plain_torch_in_both_layouts(
     assert error(dequantised(ours), x) < (0.03 if dtype == E4M3 else 0.06)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@pytest.mark.parametrize("shape", [(16_384, 8192), (2048, 6144), (16_400, 2064)])
+def test_large_tensors_are_cast_and_measured_on_a_gpu(shape: tuple[int, int]) -> None:
+    x = random(*shape).to(BF16)
+    ours, (largest, norm) = to_fp8(x, E4M3), largest_and_norm_of(x)
+    rows, columns = fp8_cast.cast_both_torch(x, 1 / ours.scale, E4M3)
+    assert torch.equal(bits(ours.rows), bits(rows))
+    assert torch.equal(bits(ours.columns), bits(columns))
+    assert largest == x.abs().max()
+    assert error(norm, x.float().norm(dim=1).amax()) < 1e-5
+
+
 @needs_triton
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 8), (5, 4112)])
 def test_largest_values_and_norms_are_found(shape: tuple[int, int]) -> None:

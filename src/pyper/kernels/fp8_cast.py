@@ -23,7 +23,7 @@ _SMALLEST = 2.0**-100
 # Sums of squares below it may have lost parts of themselves.
 _LEAST_SQUARES = 1e-30
 # So many partial results, whatever the GPU; rows of tiles that a program reads at a time.
-_PARTS, _TILE = 1024, 8192
+_PARTS, _TILE = 512, 8192
 _BLOCK_N, _BLOCK_D = 128, 128
 
 
@@ -170,11 +170,13 @@ if launch.HAS_TRITON:
         largest = tl.zeros((ROWS, BLOCK_D), dtype=tl.int32)
         most = tl.zeros((ROWS,), dtype=tl.float32)
         for block in range(part * ROWS, N, P * ROWS):
-            n = block + tl.arange(0, ROWS)
+            # From the end: it was written last, and the cast after this starts at the other one;
+            # either way some of it is still in the cache.
+            n = N - 1 - block - tl.arange(0, ROWS)
             squares = tl.zeros((ROWS,), dtype=tl.float32)
             for start in range(0, D, BLOCK_D):
                 at = n.to(tl.int64)[:, None] * D + (start + d)[None, :]
-                inside = (n < N)[:, None] & (start + d < D)[None, :]
+                inside = (n >= 0)[:, None] & (start + d < D)[None, :]
                 x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
                 largest = tl.maximum(largest, bits)
