@@ -61,6 +61,12 @@ SWEEP_FEW = (
 SWEEP_SPLITS = (1, 2, 4, 8)
 SWEEP_LINES = (4, 8, 16, 32)
 """Of each weight row, asked for ahead; tried in whole layers."""
+LAYER_OF_ONE: dict[str, dict[str, Any]] = {
+    "early": {"early": True},
+    "evicted": {"eviction": "evict_first"},
+    "both": {"early": True, "eviction": "evict_first"},
+}
+"""Of one row, other than usual; tried in whole layers."""
 
 
 def parse() -> argparse.Namespace:
@@ -200,11 +206,11 @@ def row_of(
 
 
 @contextmanager
-def let_in_early() -> Iterator[None]:
-    """Kernels of one row in their usual blocks, but the next begins before the last has ended."""
+def changed(**changes: Any) -> Iterator[None]:
+    """Kernels of one row in their usual blocks, but for `changes`."""
     usual = row_linear._blocks
-    early = mock.Mock(side_effect=lambda *shape: usual(*shape)._replace(early=True))
-    with mock.patch.object(row_linear, "_blocks", early):
+    other = mock.Mock(side_effect=lambda *shape: usual(*shape)._replace(**changes))
+    with mock.patch.object(row_linear, "_blocks", other):
         yield
 
 
@@ -225,8 +231,9 @@ def row_of_layer(
             with asked_ahead(lines):
                 row[f"{stored} {lines} lines"] = microseconds(layer_as_decoding(x), x, copies, {})
         if args.sweep and batch == 1:
-            with let_in_early():
-                row[f"{stored} early"] = microseconds(layer_as_decoding(x), x, copies, {})
+            for name, changes in LAYER_OF_ONE.items():
+                with changed(**changes):
+                    row[f"{stored} {name}"] = microseconds(layer_as_decoding(x), x, copies, {})
     console.print("layer", batch, {name: round(value, 2) for name, value in row.items()})
     return row
 

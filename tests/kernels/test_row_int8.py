@@ -120,8 +120,8 @@ from triton.compiler import ASTSource
 from pyper.kernels.row_int8 import _row_times_int8 as kernel
 
 given = dict(N=8192, WORDS=512, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=True, HAS_BIAS=False,
-             HAS_RESIDUAL=False, BLOCK_N=8, BLOCK_W=512, HARDWARE=True, OVERLAP=True,
-             bias_ptr=None, residual_ptr=None)
+             HAS_RESIDUAL=False, BLOCK_N=8, BLOCK_W=512, HARDWARE=True, EARLY=False, EVICTION="",
+             OVERLAP=True, bias_ptr=None, residual_ptr=None)
 types = {"words_ptr": "*i32", "scale_ptr": "*fp32", "eps": "fp32"}
 names = kernel.arg_names
 signature = {n: "constexpr" if n in given else types.get(n, "*bf16") for n in names}

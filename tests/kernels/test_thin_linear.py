@@ -237,7 +237,7 @@ one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
 none = ("squares_ptr", "next_gain_ptr", "next_ptr", "next_squares_ptr", "part_ptr", "tickets_ptr")
 few_blocks = dict(D=2048, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16, N_SPLITS=1, N_SQUARES=0)
 few_blocks |= dict(HAS_NEXT=False) | {name: None for name in none}
-one_block = dict(BLOCK_N=4, BLOCK_W=512)
+one_block = dict(BLOCK_N=4, BLOCK_W=512, EARLY=False, EVICTION="")
 for stored, scaled, name, words in (
     ("*bf16", False, "bf16", 1024), ("*i8", True, "int8", 512), ("*fp8e4nv", True, "fp8", 512)
 ):

@@ -10,6 +10,10 @@ if launch.HAS_TRITON:
     from pyper.kernels.activation import _value_and_slope
 
     @triton.jit
+    def load_words(words, inside, EVICTION: tl.constexpr):
+        return tl.load(words, mask=inside, other=0, eviction_policy=EVICTION)
+
+    @triton.jit
     def wait_for_row(OVERLAP: tl.constexpr, EARLY: tl.constexpr):
         """Before this, a kernel reads weights alone; behind it, all before it have ended.
 

@@ -16,7 +16,7 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_ends import store_finished, wait_for_row
+    from pyper.kernels.row_ends import load_words, store_finished, wait_for_row
 
     @triton.jit
     def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):
@@ -130,6 +130,7 @@ if launch.HAS_TRITON:
         BLOCK_N: tl.constexpr,
         BLOCK_W: tl.constexpr,
         HARDWARE: tl.constexpr,
+        EVICTION: tl.constexpr = "",
         EARLY: tl.constexpr = False,
         OVERLAP: tl.constexpr = False,
     ):
@@ -144,10 +145,10 @@ if launch.HAS_TRITON:
             place = tl.minimum(place, N - 1 - tl.program_id(0) * BLOCK_N)
         rows = words_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_N * WORDS)
         rows += place[None, :, None] * WORDS + w
-        gates = tl.load(rows, mask=w < WORDS, other=0)
+        gates = load_words(rows, w < WORDS, EVICTION)
         values = gates
         if GATED:
-            values = tl.load(rows + N * WORDS, mask=w < WORDS, other=0)
+            values = load_words(rows + N * WORDS, w < WORDS, EVICTION)
         wait_for_row(OVERLAP, EARLY)
         WARPS: tl.constexpr = T // 32 if T > 32 else 1
         sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
@@ -160,10 +161,10 @@ if launch.HAS_TRITON:
             first, last, steps = _whole(x, more)
             later = start + BLOCK_W
             ahead = later + w < WORDS
-            these, gates = gates, tl.load(rows + later, mask=ahead, other=0)  # on their way
+            these, gates = gates, load_words(rows + later, ahead, EVICTION)  # on their way
             sums += _times(these, first, last, steps, HARDWARE)
             if GATED:
-                these, values = values, tl.load(rows + N * WORDS + later, mask=ahead, other=0)
+                these, values = values, load_words(rows + N * WORDS + later, ahead, EVICTION)
                 value_sums += _times(these, first, last, steps, HARDWARE)
         total, total_values = tl.sum(sums, axis=0), tl.sum(value_sums, axis=0)
         if HAS_NORM:

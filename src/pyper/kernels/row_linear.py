@@ -17,7 +17,7 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_ends import store_finished, wait_for_row
+    from pyper.kernels.row_ends import load_words, store_finished, wait_for_row
     from pyper.kernels.row_int8 import _row_times_int8
 
 
@@ -32,6 +32,8 @@ class RowBlocks(NamedTuple):
     """Whether weights become float32; else (int8 alone) the row becomes integers."""
     early: bool = False
     """Whether the next kernel is let in before the last one has ended."""
+    eviction: str = ""
+    """Of weights from the caches: "evict_first" keeps room for what is read again."""
 
 
 _STORED = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -70,6 +72,7 @@ def linear_of_row(
         HAS_RESIDUAL=residual is not None,
         BLOCK_N=blocks.outputs,
         BLOCK_W=min(blocks.words, max(block_of(words.shape[1], 1 << 20), 4)),
+        EVICTION=blocks.eviction,
         EARLY=blocks.early,
         num_warps=blocks.warps,
         **own,
@@ -151,6 +154,7 @@ if launch.HAS_TRITON:
         HAS_RESIDUAL: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_W: tl.constexpr,
+        EVICTION: tl.constexpr = "",
         EARLY: tl.constexpr = False,
         OVERLAP: tl.constexpr = False,
     ):
@@ -162,10 +166,10 @@ if launch.HAS_TRITON:
         d, w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W)
         rows = words_ptr + n.to(tl.int64)[:, None] * WORDS + w[None, :]
         inside = (n < N)[:, None] & (w < WORDS)[None, :]
-        gates = tl.load(rows, mask=inside, other=0)
+        gates = load_words(rows, inside, EVICTION)
         values = gates
         if GATED:
-            values = tl.load(rows + N * WORDS, mask=inside, other=0)
+            values = load_words(rows + N * WORDS, inside, EVICTION)
         wait_for_row(OVERLAP, EARLY)
         sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
         value_sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
@@ -182,10 +186,10 @@ if launch.HAS_TRITON:
                 x *= 2.0**60  # half of what its weights lack; the other half comes at the end
             later = start + BLOCK_W
             more = (n < N)[:, None] & (later + w < WORDS)[None, :]
-            these, gates = gates, tl.load(rows + later, mask=more, other=0)  # on their way
+            these, gates = gates, load_words(rows + later, more, EVICTION)  # on their way
             sums = _with_products(sums, these, x, STORED)
             if GATED:
-                these, values = values, tl.load(rows + N * WORDS + later, mask=more, other=0)
+                these, values = values, load_words(rows + N * WORDS + later, more, EVICTION)
                 value_sums = _with_products(value_sums, these, x, STORED)
         total, total_values = tl.sum(sums, axis=1), tl.sum(value_sums, axis=1)
         if STORED == "fp8":
