@@ -208,7 +208,7 @@ numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "STAGES": 3}
 ptx = build(module.attend_part, sums | numbers, shape, 4)
 assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
 assert "mma.sync" in ptx

@@ -157,6 +157,7 @@ def _paged_attention_op(
         BLOCK_G=max(block_of(groups, 1 << 20), 16),
         BLOCK_S=tokens,
         BLOCK_K=max(width, 16),
+        STAGES=3,
         num_warps=4,
         num_stages=3,
         **options,

@@ -210,7 +210,7 @@ def attend_part(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr = 3,
+    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr = False,
 ):
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
