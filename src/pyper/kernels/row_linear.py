@@ -87,8 +87,9 @@ def takes(weight: Tensor) -> bool:
 
 def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> RowBlocks:
     if stored == torch.int8:
-        shape = (8, 512, 4) if row_words <= 512 else (8, 1024, 8)
-        return RowBlocks(*shape, widened=False)
+        # Whole rows, as far as it goes: four words of each of eight rows for a thread.
+        words = block_of(row_words, 2048)
+        return RowBlocks(8, words, max(words // 128, 1), widened=False)
     if n_outputs <= row_words:  # from here on, what was best on an H200
         return RowBlocks(4, 512, 4)
     if stored == torch.float8_e4m3fn:
