@@ -24,6 +24,7 @@ from pyper.kernels.activation import activate
 from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
 from pyper.kernels.row_linear import linear_of_row, takes
+from pyper.kernels.thin_streams import fits, streamed_linear
 
 if launch.HAS_TRITON:
     from pyper.kernels.thin_linear_kernel import thin_linear_block
@@ -182,6 +183,14 @@ def _thin_linear_op(
     if blocks.splits > 1:
         rows = n_blocks * blocks.outputs * (2 if activation == "swiglu" else 1)
         part = x.new_empty(blocks.splits, rows, block_b, dtype=torch.float32)
+    lines = _ahead(D // blocks.splits * weight.element_size())
+    if not inner_norm and fits(x, weight, blocks.outputs, blocks.splits, activation):
+        streamed_linear(
+            *(x, weight, bias, squares, eps, activation, residual, next_gain),
+            *((out, scaled, out_squares), part, tickets, blocks.outputs, blocks.splits, lines),
+            overlap,
+        )
+        return out, scaled, out_squares
     thin_linear_block[(n_blocks, blocks.splits)](
         *(x, weight, scale, bias, gain, squares, residual, out),
         *(next_gain, scaled, out_squares, part, tickets, B, eps),
@@ -198,7 +207,7 @@ def _thin_linear_op(
         BLOCK_B=block_b,
         BLOCK_N=blocks.outputs,
         BLOCK_D=blocks.inputs,
-        LINES=_ahead(D // blocks.splits * weight.element_size()),
+        LINES=lines,
         num_stages=blocks.stages,
         num_warps=blocks.warps,
         **overlap_options(overlap, x.device),
