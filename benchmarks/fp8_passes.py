@@ -77,8 +77,8 @@ def products(N: int, D: int) -> Rows:
             a, b = normal(n, k), normal(m, k)
             left, right = to_fp8(a, E5M2 if way else E4M3), to_fp8(b, E4M3)
             factors = (left.rows, right.rows, left.scale, right.scale, torch.bfloat16)
-            row = {"bf16": us(F.linear, a, b), "8 bits": us(product, *factors, False)}
-            row["fast"] = us(product, *factors, True)
+            row = {"bf16": us(F.linear, a, b), "8 bits": us(product, "input", *factors)}
+            row["fast"] = us(product, "forward", *factors)
             tflops = {f"{key} TFLOP/s": 2e-6 * n * m * k / value for key, value in row.items()}
             found[name + way] = row | tflops
     return found
@@ -91,14 +91,14 @@ class Apart(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         (x8, x_scale), (w8, w_scale) = cast(x, E4M3), cast(weight, E4M3)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        return product(x8, w8, x_scale, w_scale, x.dtype, True)
+        return product("forward", x8, w8, x_scale, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         (x8, x_scale, w8, w_scale), (g8, scale) = ctx.saved_tensors, cast(dout, E5M2)
-        dx = product(g8, w8.t().contiguous(), scale, w_scale, dout.dtype, False)
+        dx = product("input", g8, w8.t().contiguous(), scale, w_scale, dout.dtype)
         turned = g8.t().contiguous(), x8.t().contiguous()
-        return dx, product(*turned, scale, x_scale, dout.dtype, False)
+        return dx, product("weight", *turned, scale, x_scale, dout.dtype)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyper.kernels import launch
 from pyper.kernels.fp8_cast import E4M3, E5M2, Factor, largest_of, scales, to_fp8
-from pyper.kernels.fp8_products import FAST_BACKWARD, fp8_linear, product
+from pyper.kernels.fp8_products import fp8_linear, product
 from pyper.kernels.launch import block_of
 from pyper.kernels.rotary import turn_in_place, turned_torch
 
@@ -68,11 +68,13 @@ class _RotatedHeads(torch.autograd.Function):
         ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor
     ) -> tuple[Tensor | None, ...]:
         columns, scale, weight, w_scale, cos, sin = ctx.saved_tensors
-        needed, settings = ctx.needs_input_grad, (dquery.dtype, FAST_BACKWARD)
+        needed, dtype = ctx.needs_input_grad, dquery.dtype
         g = _gradient_to_fp8(dquery, dkey, dvalue, cos, sin)
-        dx = product(g.rows, weight, g.scale, w_scale, *settings) if needed[0] else None
+        dx = product("input", g.rows, weight, g.scale, w_scale, dtype) if needed[0] else None
         dx = None if dx is None else dx.view(len(dquery), dquery.shape[2], -1)
-        dweight = product(g.columns, columns, g.scale, scale, *settings) if needed[1] else None
+        dweight = (
+            product("weight", g.columns, columns, g.scale, scale, dtype) if needed[1] else None
+        )
         return dx, dweight, None, None, None, None
 
 
@@ -83,12 +85,14 @@ def _gradient_to_fp8(
     parts = (dquery, dkey, dvalue)
     largest = torch.stack([largest_of(_as_it_lies(part)) for part in parts]).amax()
     inverse, scale = scales(2**0.5 * largest, E5M2)
-    return Factor(*turned_back_to_fp8(*parts, cos, sin, inverse), scale)
+    rows, columns = turned_back_to_fp8(*parts, cos, sin, inverse)
+    return Factor(rows, columns, scale)
 
 
 def _as_it_lies(x: Tensor) -> Tensor:
     """x (B, H, T, K) in the order of its memory, so that nothing is copied; (·, K)."""
-    order = sorted(range(4), key=lambda i: (-x.stride(i), i))
+    strides = x.stride()
+    order = sorted(range(4), key=lambda i: (-strides[i], i))
     return x.permute(order).reshape(-1, x.shape[-1])
 
 
@@ -104,7 +108,7 @@ def rotated_fp8_product(
     turned: int,
 ) -> Tensor:
     """`rotated_product` of factors in 8 bits, rows (N, D) and weight (W, D), with their scales."""
-    heads = product(rows, weight, scale, w_scale, dtype, True)
+    heads = product("forward", rows, weight, scale, w_scale, dtype)
     turn_in_place(heads, cos, sin, turned)
     return heads
 
