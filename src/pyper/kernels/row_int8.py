@@ -16,7 +16,7 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_ends import load_words, store_finished, wait_for_row
+    from pyper.kernels.row_epilogue import load_words, store_finished, wait_for_row
 
     @triton.jit
     def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):

@@ -17,7 +17,7 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_ends import load_words, store_finished, wait_for_row
+    from pyper.kernels.row_epilogue import load_words, store_finished, wait_for_row
     from pyper.kernels.row_int8 import _row_times_int8
 
 
@@ -134,6 +134,11 @@ if launch.HAS_TRITON:
             sums += _number(words, 2, STORED) * x2[None, :]
             sums += _number(words, 3, STORED) * x3[None, :]
         return sums
+
+    @triton.jit
+    def _times(words, x, STORED: tl.constexpr):
+        """Those products alone: (BLOCK_N, BLOCK_W)."""
+        return _with_products(tl.zeros(words.shape, dtype=tl.float32), words, x, STORED)
 
     @triton.jit
     def _linear_of_row(
