@@ -9,7 +9,8 @@ from pyper.errors import PromptError
 from pyper.generate.draws import Draw, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader, Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
-from pyper.generate.running import Running
+from pyper.generate.running import Running, chances
+from pyper.generate.sampling import SamplingBatch
 from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
 from pyper.generate.text import TextStream
 from pyper.generate.transfer import to_device
@@ -100,8 +101,10 @@ class BatchEngine:
             for said in self._reader.predict(ready)
         ]
 
-    def _draw(self, rows: list[Running], said: Predictions) -> Draw:
-        return draw_tokens(rows, said, self.tokenizer.vocab_size)
+    def _draw(
+        self, rows: list[Running], said: Predictions, settings: SamplingBatch | None = None
+    ) -> Draw:
+        return draw_tokens(rows, said, self.tokenizer.vocab_size, settings)
 
     def _run_ahead(self, draws: list[Draw]) -> list[Draw]:
         """Read the tokens that are being drawn, and draw again, before the host has seen them.
@@ -118,12 +121,13 @@ class BatchEngine:
         if not going:
             return []
         tokens, scores = last.tokens, last.scores
+        settings: SamplingBatch | None = last.settings
         if len(going) < len(tokens):
             index = to_device(torch.tensor([i for i, _ in going]), tokens.device)
-            tokens, scores = tokens[index], scores[index]
+            tokens, scores, settings = tokens[index], scores[index], None
         texts, experts = [row.text for _, row in going], [last.experts[i] for i, _ in going]
         said = self._reader.read_ahead(texts, tokens, experts, scores)
-        return [] if said is None else [self._draw([row for _, row in going], said)]
+        return [] if said is None else [self._draw([row for _, row in going], said, settings)]
 
     def _may_go_on(self, row: Running) -> bool:
         return row.is_last or row.request.sampling.repetition_penalty == 1.0
@@ -134,16 +138,13 @@ class BatchEngine:
     def _land(self, draw: Draw) -> list[Event]:
         """What the tokens of a draw show. Who is finished leaves; who has left is passed over."""
         events = []
-        for row, experts, numbers, others in zip(
-            draw.rows, draw.experts, draw.numbers(), draw.alternatives(), strict=True
-        ):
+        for row, experts, drawn in zip(draw.rows, draw.experts, draw.outcomes(), strict=True):
             if not self._is_running(row):
                 continue
-            token, log_prob, *scores = numbers
-            event = row.add(int(token), log_prob, others, self._stop_ids)
+            event = row.add(drawn.token, drawn.log_prob, drawn.alternatives, self._stop_ids)
             events.append(event)
             if event.finished is None:
-                self._reader.append(row.text, int(token), experts, scores)
+                self._reader.append(row.text, drawn.token, experts, drawn.scores)
             else:
                 self._leave(row)
         self._n_decoded += len(events)
@@ -215,7 +216,7 @@ class BatchEngine:
                 request,
                 self._reader.open(request.prompt, self._capacity(request), request.expert),
                 TextStream(self.tokenizer, request.sampling.stop),
-                torch.Generator().manual_seed(request.sampling.seed),
+                chances(request.sampling.seed),
                 self._pages_for(request),
             )
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyper.generate.step_inputs import Row, StepInputs
 from pyper.generate.thin_layers import ThinLayers
-from pyper.generate.transfer import to_device
 from pyper.generate.usual_layers import UsualLayers
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.rope import rotation
@@ -48,8 +48,7 @@ class DecodeStep:
         """
         self.store, self.batch = store, batch
         n_pages = -(-max_tokens // PAGE_TOKENS)
-        # Token, position and pages of each row: one copy from the host a step.
-        self._inputs = torch.zeros(batch, 2 + n_pages, dtype=torch.long, device=model.device)
+        self._inputs = StepInputs(batch, n_pages, model.device)
         if thin is None:
             thin = not compiled and ThinLayers.pay_for(model, batch)
         every, c = torch.arange(n_pages * PAGE_TOKENS, device=model.device), model.config
@@ -63,24 +62,12 @@ class DecodeStep:
         if model.device.type == "cuda":
             self._record(model, pool)
 
-    def run(
-        self,
-        model: Transformer,
-        rows: Sequence[tuple[int, int, list[int]]],
-        tokens: Tensor | None = None,
-    ) -> Tensor:
-        """Log-probabilities (R, V) after one more token in each row (token, position, pages).
+    def run(self, model: Transformer, rows: Sequence[Row], tokens: Tensor | None = None) -> Tensor:
+        """Log-probabilities (R, V) after one more token in each row; the next run overwrites them.
 
-        They are overwritten by the next run. model: the one that the step was made for. tokens:
-        (R,), instead of those of the rows, where only the device knows them.
+        model: the one that the step was made for. tokens: see `StepInputs.fill`.
         """
-        width = self._inputs.shape[1]
-        filled = [[token, at, *pages] for token, at, pages in rows]
-        padded = [row + [0] * (width - len(row)) for row in filled]
-        host = torch.tensor(padded + [[0] * width] * (self.batch - len(rows)))
-        self._inputs.copy_(to_device(host, self._inputs.device))
-        if tokens is not None:
-            self._inputs[: len(rows), 0] = tokens
+        self._inputs.fill(rows, tokens)
         if self._graph is None:
             self._out = self._compute(model)
         else:
@@ -88,7 +75,7 @@ class DecodeStep:
         return self._out[: len(rows)]
 
     def _record(self, model: Transformer, pool: Any) -> None:
-        """Rows of zeros write to the page that belongs to nobody."""
+        """Rows without a text write to the page that belongs to nobody."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -101,5 +88,7 @@ class DecodeStep:
             self._out = self._compute(model)
 
     def _compute(self, model: Transformer) -> Tensor:
-        tokens, positions, pages = self._inputs[:, 0], self._inputs[:, 1], self._inputs[:, 2:]
-        return self._layers(model, self.store, tokens, positions.contiguous(), pages)
+        inputs = self._inputs
+        out = self._layers(model, self.store, inputs.tokens, inputs.positions, inputs.pages)
+        inputs.advance()
+        return out

@@ -1,16 +1,27 @@
-"""Tokens are drawn where the predictions are; the host hears of them in one small copy."""
+"""Tokens are drawn where the predictions are; the host hears of them in small copies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pyper.generate.mixture_reader import Predictions
 from pyper.generate.running import Alternatives, Running
-from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw
-from pyper.generate.transfer import to_device
+from pyper.generate.sampling import SamplingBatch, draw
+from pyper.generate.transfer import OnItsWay, to_device, to_host
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token of one row, and what was said of it."""
+
+    token: int
+    log_prob: float
+    scores: list[float]
+    """(A,), the experts' log-probabilities."""
+    alternatives: Alternatives
+    """The likeliest tokens, as many as the row asked for."""
 
 
 @dataclass(frozen=True)
@@ -20,70 +31,68 @@ class Draw:
     rows: list[Running]
     experts: list[list[int]]
     """(R, A), those that had read the row."""
+    settings: SamplingBatch
+    """Of the rows."""
     tokens: Tensor
     """(R,), where they were drawn."""
     scores: Tensor
     """(R, A), the experts' log-probabilities of the tokens, likewise."""
-    _numbers: Tensor
-    """(R, 2 + A) float64 on the host: token, its log-probability, that of each expert."""
-    _arrived: torch.cuda.Event | None
-    _best: tuple[Tensor, Tensor] | None
+    _coming: OnItsWay
+    """Tokens (R,), their log-probabilities (R,); then scores, then the likeliest, if not those."""
+    _n_best: int
 
-    def numbers(self) -> list[list[float]]:
-        """Token, its log-probability, and that of each expert, by row; waits for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        rows: list[list[float]] = self._numbers.tolist()
-        return rows
-
-    def alternatives(self) -> list[Alternatives]:
-        """The likeliest tokens of each row, as many as it asked for."""
-        if self._best is None:
-            return [()] * len(self.rows)
-        log_probs, tokens = (part.tolist() for part in self._best)
-        wanted = [row.request.n_logprobs for row in self.rows]
-        return [
-            tuple(zip(tokens[i][:n], log_probs[i][:n], strict=True)) for i, n in enumerate(wanted)
-        ]
+    def outcomes(self) -> list[Drawn]:
+        """By row; waits for them."""
+        tokens, log_probs, *more = (part.tolist() for part in self._coming.wait())
+        scores = more.pop(0) if self.scores.shape[1] > 1 else [[said] for said in log_probs]
+        others: list[Alternatives] = [()] * len(self.rows)
+        if self._n_best:
+            wanted = [row.request.n_logprobs for row in self.rows]
+            pairs = zip(wanted, *more, strict=True)
+            others = [tuple(zip(best[:n], values[:n], strict=True)) for n, best, values in pairs]
+        return [Drawn(*row) for row in zip(tokens, log_probs, scores, others, strict=True)]
 
 
-def draw_tokens(rows: list[Running], predictions: Predictions, n_tokens: int) -> Draw:
+def draw_tokens(
+    rows: list[Running],
+    predictions: Predictions,
+    n_tokens: int,
+    settings: SamplingBatch | None = None,
+) -> Draw:
     """Draw a token for each row, without waiting for a GPU.
 
     n_tokens: of the tokenizer; a model's tables may be longer, and no text has those entries.
+    settings: of the rows, where they are known from the last draw.
     """
     log_probs = predictions.log_probs[:, :n_tokens]
-    batch = _settings(tuple(row.request.sampling for row in rows), log_probs.device)
-    chance = torch.cat([torch.rand(1, generator=row.chance) for row in rows])
-    seen = None if batch.repetition_penalty is None else _seen(rows, log_probs)
-    tokens = draw(log_probs, batch, to_device(chance, log_probs.device), seen)
-    of_mixture = log_probs.gather(-1, tokens[:, None])
-    n_experts = predictions.per_expert.shape[1]
-    index = tokens[:, None, None].expand(-1, n_experts, 1)
-    of_experts = predictions.per_expert.gather(-1, index).squeeze(-1)
-    numbers = torch.cat([part.double() for part in (tokens[:, None], of_mixture, of_experts)], 1)
+    if settings is None:
+        settings = SamplingBatch.of([row.request.sampling for row in rows], log_probs.device)
+    tokens, of_mixture = _draw(rows, log_probs, settings)
+    per_expert, of_experts = predictions.per_expert, of_mixture[:, None]
+    coming = [tokens, of_mixture]
+    if per_expert.shape[1] > 1:
+        index = tokens[:, None, None].expand(-1, per_expert.shape[1], 1)
+        of_experts = per_expert.gather(-1, index).squeeze(-1)
+        coming.append(of_experts)
     n_best = max(row.request.n_logprobs for row in rows)
-    best = None
     if n_best:
-        top = log_probs.topk(n_best, dim=-1)
-        best = top.values, top.indices
-    return Draw(rows, predictions.experts, tokens, of_experts, *_to_host(numbers), best)
+        best = log_probs.topk(n_best, dim=-1)
+        coming += [best.indices, best.values]
+    experts = predictions.experts
+    return Draw(rows, experts, settings, tokens, of_experts, to_host(*coming), n_best)
 
 
-def _to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if x.device.type != "cuda":
-        return x, None
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
-
-
-@lru_cache(maxsize=64)
-def _settings(configs: tuple[SamplingConfig, ...], device: torch.device) -> SamplingBatch:
-    """The same rows as a rule draw many times."""
-    return SamplingBatch.of(configs, device)
+def _draw(
+    rows: Sequence[Running], log_probs: Tensor, settings: SamplingBatch
+) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) and their log-probabilities (R,), of log_probs (R, V)."""
+    if settings.is_greedy and settings.repetition_penalty is None:
+        best = log_probs.max(dim=-1)
+        return best.indices, best.values
+    seen = None if settings.repetition_penalty is None else _seen(rows, log_probs)
+    chance = torch.tensor([next(row.chance) for row in rows])
+    tokens = draw(log_probs, settings, to_device(chance, log_probs.device), seen)
+    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def _seen(rows: Sequence[Running], log_probs: Tensor) -> Tensor:

@@ -54,8 +54,11 @@ class ExpertPasses:
 
     def read_ahead(
         self, expert: int, texts: Sequence[tuple[Text, Reading]], tokens: Tensor
-    ) -> list[Tensor]:
-        """log p (V,) after one more token (R,) in each text; only of an expert that is quick."""
+    ) -> Tensor:
+        """log p (R, V) after one more token (R,) in each text; only of an expert that is quick.
+
+        Its next pass overwrites them.
+        """
         model = self.mixture.expert(expert)
         return self._runner(model).read_ahead(model, texts, tokens, self.pool)
 

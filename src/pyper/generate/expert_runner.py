@@ -47,18 +47,21 @@ class ExpertRunner:
         texts: Sequence[tuple[Text, Reading]],
         tokens: Tensor,
         pool: PagePool,
-    ) -> list[Tensor]:
-        """log p (V,) after one more token (R,) in each text, which the host does not know yet."""
+    ) -> Tensor:
+        """log p (R, V) after one more token (R,) in each text, which the host does not know yet.
+
+        The next pass overwrites them: they are for who draws at once, and no reading keeps them.
+        """
         rows = []
         for text, reading in texts:
             position = len(text.tokens)
             take_pages(reading, position + 1, pool)
             rows.append((0, position, reading.pages))
-        said = self._step(model, len(rows)).run(model, rows, tokens).clone().unbind()
-        for (text, reading), row in zip(texts, said, strict=True):
+        said = self._step(model, len(rows)).run(model, rows, tokens)
+        for text, reading in texts:
             publish(text, reading, pool)  # what the host knows by now
-            reading.n_read, reading.last = len(text.tokens) + 1, row
-        return list(said)
+            reading.n_read, reading.last = len(text.tokens) + 1, None
+        return said
 
     def _decode(self, model: Transformer, jobs: Sequence[Job], pool: PagePool) -> None:
         for job in jobs:

@@ -132,7 +132,8 @@ class MixtureReader:
         """Predictions after one more token (R,) in each text, which only the device knows yet.
 
         experts, scores: (R, A), who had read the texts, and what they say of the tokens. The
-        caller appends the tokens later. None where what comes next depends on them.
+        caller draws from them before anything else is read, and appends the tokens later. None
+        where what comes next depends on them.
         """
         if not all(self._goes_on(text) for text in texts):
             return None
@@ -140,20 +141,28 @@ class MixtureReader:
         now = [self._next_readers(text) for text in texts]
         if len({len(es) for es in now}) > 1:
             return None
-        said: dict[tuple[int, int], Tensor] = {}
+        per_expert = self._read_one_more(texts, tokens, now)
+        if per_expert.shape[1] == 1:
+            return Predictions(list(texts), now, per_expert[:, 0], per_expert)
+        weights = self._weights_ahead(texts, experts, scores)
+        if per_expert.shape[1] < weights.shape[1]:
+            weights = weights.gather(1, _index(now, weights))
+        return Predictions(list(texts), now, mix_log_probs(weights, per_expert), per_expert)
+
+    def _read_one_more(self, texts: Sequence[Text], tokens: Tensor, now: list[list[int]]) -> Tensor:
+        """log p (R, A, V) after tokens (R,), by the experts `now` (R, A) of each text."""
+        said, order = [], list[tuple[int, int]]()
         for expert in sorted({e for es in now for e in es}):
             rows = [i for i, es in enumerate(now) if expert in es]
             part = tokens if len(rows) == len(texts) else tokens[_index(rows, tokens)]
             readings = [(texts[i], texts[i].readings[expert]) for i in rows]
-            log_probs = self._passes.read_ahead(expert, readings, part)
-            said |= {(i, expert): row for i, row in zip(rows, log_probs, strict=True)}
-        per_expert = torch.stack([said[i, e] for i, es in enumerate(now) for e in es])
-        per_expert = per_expert.view(len(texts), -1, per_expert.shape[-1])
-        if per_expert.shape[1] == 1:
-            return Predictions(list(texts), now, per_expert[:, 0], per_expert)
-        weights = self._weights_ahead(texts, experts, scores)
-        weights = weights.gather(1, _index(now, weights))
-        return Predictions(list(texts), now, mix_log_probs(weights, per_expert), per_expert)
+            said.append(self._passes.read_ahead(expert, readings, part))
+            order += [(i, expert) for i in rows]
+        if all(len(part) == len(texts) for part in said):
+            return said[0].unsqueeze(1) if len(said) == 1 else torch.stack(said, dim=1)
+        place = {pair: at for at, pair in enumerate(order)}
+        index = [[place[i, e] for e in es] for i, es in enumerate(now)]
+        return torch.cat(said)[_index(index, tokens)]
 
     def _goes_on(self, text: Text) -> bool:
         """Whether it is known who reads the next token, whatever it is, and they are ready."""

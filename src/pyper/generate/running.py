@@ -1,6 +1,6 @@
 """A request that has been admitted: its text so far, and what each token adds."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,15 @@ from pyper.generate.request import Event, FinishReason, Request
 from pyper.generate.text import TextStream
 
 Alternatives = tuple[tuple[int, float], ...]
+# Numbers drawn at a time: alone, each would cost as much. They are the same however many.
+_CHANCES = 64
+
+
+def chances(seed: int) -> Iterator[float]:
+    """Numbers in [0, 1), one for each token; on the CPU: a seed gives one text on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.rand(_CHANCES, generator=generator).tolist()
 
 
 @dataclass(eq=False)
@@ -20,8 +29,8 @@ class Running:
     request: Request
     text: Text
     shown: TextStream
-    chance: torch.Generator
-    """On the CPU, so that a seed gives the same text on every device."""
+    chance: Iterator[float]
+    """One number for each token that is drawn."""
     n_pages: int
     """Reserved for it: the most that it may still come to use."""
 

@@ -52,7 +52,10 @@ class SamplingConfig:
 class SamplingBatch:
     """The settings of the rows (R) of one draw, as columns (R, 1) on their device."""
 
-    temperature: Tensor
+    divisor: Tensor
+    """The temperature; where it is 0, a small number."""
+    greedy_rows: Tensor | None
+    """True where the likeliest token is taken. None: nowhere."""
     top_k: Tensor | None
     """None here and below: no row uses it, and its work is saved."""
     top_p: Tensor | None
@@ -65,20 +68,22 @@ class SamplingBatch:
     def of(cls, configs: Sequence[SamplingConfig], device: torch.device) -> "SamplingBatch":
         """One row for each configuration."""
 
-        def column(values: list[float]) -> Tensor:
+        def column(values: Sequence[float]) -> Tensor:
             return to_device(torch.tensor(values), device).unsqueeze(-1)
 
         def optional(values: list[float], unused: float) -> Tensor | None:
             return None if all(v == unused for v in values) else column(values)
 
+        greedy = [c.temperature == 0 for c in configs]
         return cls(
             # A floor that is greedy all the same: nothing overflows.
-            column([max(c.temperature, 1e-6) if c.temperature else 0.0 for c in configs]),
+            column([max(c.temperature, 1e-6) for c in configs]),
+            column(greedy) if any(greedy) else None,
             optional([c.top_k or math.inf for c in configs], math.inf),
             optional([c.top_p for c in configs], 1.0),
             optional([c.min_p for c in configs], 0.0),
             optional([c.repetition_penalty for c in configs], 1.0),
-            all(c.temperature == 0 for c in configs),
+            all(greedy),
         )
 
 
@@ -94,16 +99,18 @@ def draw(
     if batch.repetition_penalty is not None:
         assert seen is not None
         scores = torch.where(seen, scores * batch.repetition_penalty, scores)
-    best = scores.argmax(dim=-1)
+    best = scores.max(dim=-1, keepdim=True)
     if batch.is_greedy:
-        return best
+        return best.indices.squeeze(-1)
     # The likeliest at 0: nothing overflows.
-    scaled = (scores - scores.amax(dim=-1, keepdim=True)) / batch.temperature.clamp(min=1e-6)
+    scaled = (scores - best.values) / batch.divisor
     reached = filtered_probs(scaled, batch).cumsum(dim=-1)
-    drawn = (reached <= uniforms[:, None] * reached[:, -1:]).sum(dim=-1)
+    drawn = torch.searchsorted(reached, uniforms[:, None] * reached[:, -1:], right=True)
     # Rounding may leave nothing above a number just below 1.
-    is_greedy = (batch.temperature.squeeze(-1) == 0) | (drawn == scores.shape[-1])
-    return torch.where(is_greedy, best, drawn)
+    takes_best = drawn == scores.shape[-1]
+    if batch.greedy_rows is not None:
+        takes_best = takes_best | batch.greedy_rows
+    return torch.where(takes_best, best.indices, drawn).squeeze(-1)
 
 
 def filtered_probs(scores: Tensor, batch: SamplingBatch) -> Tensor:
