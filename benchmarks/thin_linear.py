@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyper.kernels import ThinWeight, row_linear, thin_linear, thin_linear_torch
+from pyper.kernels import ThinWeight, launch, row_linear, thin_linear, thin_linear_torch
 from pyper.kernels.launch import block_of
 from pyper.kernels.thin_linear import Blocks
 from pyper.stages.context import available_cores
@@ -58,6 +58,8 @@ SWEEP_FEW = (
     *((outputs, 256, 4, 4) for outputs in (16, 32)),
 )
 """Of several: outputs and inputs of a block, stages, warps; and how many programs share inputs."""
+SWEEP_STREAMS = ((64, 64, 4, 4), (128, 64, 4, 4))
+"""Of the kernel on trial (PYPER_GPU_TRIAL=1), which chooses its own stages."""
 SWEEP_SPLITS = (1, 2, 4, 8)
 SWEEP_LINES = (4, 8, 16, 32)
 """Of each weight row, asked for ahead; tried in whole layers."""
@@ -116,7 +118,8 @@ def shapes(batch: int, weight: ThinWeight) -> list[tuple[int, ...]]:
     if batch == 1:
         return shapes_of_one(weight)
     found: list[tuple[int, ...]] = []
-    for (outputs, depth, stages, warps), splits in itertools.product(SWEEP_FEW, SWEEP_SPLITS):
+    few = SWEEP_STREAMS if launch.ON_TRIAL else SWEEP_FEW
+    for (outputs, depth, stages, warps), splits in itertools.product(few, SWEEP_SPLITS):
         programs = len(weight.weight) // outputs * splits
         if splits == 1 or 64 <= programs <= 300:  # neither idle processors nor two rounds
             found.append(Blocks(outputs, depth, splits, stages, warps))

@@ -181,11 +181,11 @@ def described(rows):
     return f"tensordesc<bf16[{rows}, 64],{kernels.TILE_LAYOUT!r}>"
 
 def build(N, D, block_b, block_n, splits, before):
-    weights, rows = thin_streams.ring(block_n, block_b)
     constants = dict(N=N, D=D, ACTIVATION="gelu" if before else "", N_SQUARES=32 if before else 0,
                      SQUARES=32, HAS_BIAS=False, HAS_RESIDUAL=not before, HAS_NEXT=not before,
-                     N_SPLITS=splits, BLOCK_B=block_b, BLOCK_N=block_n, WEIGHTS=weights, ROWS=rows,
-                     LINES=8, OVERLAP=True, bias_ptr=None)
+                     N_SPLITS=splits, BLOCK_B=block_b, BLOCK_N=block_n,
+                     STAGES=thin_streams.stages_of(block_n, block_b), LINES=8, OVERLAP=True,
+                     bias_ptr=None)
     constants |= dict(residual_ptr=None, next_gain_ptr=None) if before else dict(squares_ptr=None)
     types = {"x_tiles": described(block_b), "weight_tiles": described(block_n), "B": "i32"}
     types |= {"eps": "fp32", "squares_ptr": "*fp32", "next_squares_ptr": "*fp32"}
@@ -213,7 +213,7 @@ for block_b in 16, 32, 64:
         before, after = ptx.split("griddepcontrol.wait")
         assert "cp.async.bulk.tensor" in before and "cp.async.bulk.tensor" in after
         assert "wgmma.mma_async" in after
-        assert built.metadata.shared <= 113_000  # the next kernel's programs fit beside
+        assert built.metadata.shared <= 115_700  # the next kernel's programs fit beside
         assert spilled(ptx) == [0, 0], case
 """
 

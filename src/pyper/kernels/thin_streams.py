@@ -56,25 +56,23 @@ def streamed_linear(
     """Writes results (out, out · next_gain, squares of out); of `thin_linear`, where it `fits`."""
     (N, D), B = weight.shape, len(x)
     block_b = max(block_of(B, 64), 16)
-    weights, rows = ring(outputs, block_b)
-    steps = D // (DEPTH * splits)
-    lines = min(lines, max(steps - weights, 0))
+    stages = stages_of(outputs, block_b)
+    lines = min(lines, max(D // (DEPTH * splits) - stages, 0))
     lines = 1 << lines.bit_length() >> 1
     n_squares = 0 if squares is None else len(squares)
     constants = {"N": N, "D": D, "ACTIVATION": activation, "N_SQUARES": n_squares}
     constants |= {"SQUARES": block_of(max(n_squares, 1), 1 << 20), "HAS_BIAS": bias is not None}
     constants |= {"HAS_RESIDUAL": residual is not None, "HAS_NEXT": next_gain is not None}
     constants |= {"N_SPLITS": splits, "BLOCK_B": block_b, "BLOCK_N": outputs}
-    constants |= {"WEIGHTS": weights, "ROWS": rows, "LINES": lines}
+    constants |= {"STAGES": stages, "LINES": lines}
     out, scaled, out_squares = results
     given = (weight, squares, bias, residual, out, next_gain, scaled, out_squares, part, tickets)
     _launch((N // outputs, splits), x, given, B, eps, constants, overlap_options(overlap, x.device))
 
 
-def ring(outputs: int, block_b: int) -> tuple[int, int]:
-    """Steps of the weight and of the rows on their way: 96 kB, so that two kernels have room."""
-    rows = 4 if block_b > 32 else 6
-    return (96 * 1024 - rows * block_b * 2 * DEPTH) // (outputs * 2 * DEPTH), rows
+def stages_of(outputs: int, block_b: int) -> int:
+    """Steps on their way: so many that the programs of two kernels have room."""
+    return 112 * 1024 // ((outputs + block_b) * 2 * DEPTH)
 
 
 def _launch(

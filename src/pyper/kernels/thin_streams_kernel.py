@@ -25,25 +25,6 @@ TILE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
 
 
 @gluon.jit
-def _send_for(tiles, row, column, step, ring, STAGES: gl.constexpr, wanted):
-    """Step's tile into its place in a ring of STAGES."""
-    places, ready = ring
-    stage = step % STAGES
-    place = places.index(stage)
-    mbarrier.expect(ready.index(stage), place.shape[0] * place.shape[1] * 2, pred=wanted)
-    tma.async_copy_global_to_shared(tiles, [row, column], ready.index(stage), place, pred=wanted)
-
-
-@gluon.jit
-def _ring(ROWS: gl.constexpr, STAGES: gl.constexpr):
-    places = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, DEPTH], TILE_LAYOUT)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-    return places, ready
-
-
-@gluon.jit
 def thin_streams(
     x_tiles,
     weight_tiles,
@@ -70,15 +51,14 @@ def thin_streams(
     N_SPLITS: gl.constexpr,
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    WEIGHTS: gl.constexpr,
-    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
     LINES: gl.constexpr,
     OVERLAP: gl.constexpr = False,
 ):
     """As `thin_linear_block`, of whole blocks: D = 64 · N_SPLITS · steps, N of BLOCK_N.
 
-    WEIGHTS, ROWS: steps of either that are on their way; LINES: those of the weight that come near
-    behind them. SQUARES: the power of two that holds N_SQUARES.
+    STAGES: steps that are on their way; LINES: those of the weight that come near behind them.
+    SQUARES: the power of two that holds N_SQUARES.
     """
     STEPS: gl.constexpr = D // (DEPTH * N_SPLITS)
     # Outputs side by side in a thread: eight of bf16 are one store.
@@ -87,20 +67,29 @@ def thin_streams(
     first = gl.program_id(1) * (STEPS * DEPTH)
     n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
     b = gl.arange(0, BLOCK_B, gl.SliceLayout(0, OUT))
-    weights = _ring(BLOCK_N, WEIGHTS)
-    rows = _ring(BLOCK_B, ROWS)
+    BYTES: gl.constexpr = (BLOCK_N + BLOCK_B) * DEPTH * 2
+    weights = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, DEPTH], TILE_LAYOUT)
+    rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_B, DEPTH], TILE_LAYOUT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    for k in gl.static_range(WEIGHTS):
-        _send_for(weight_tiles, row, first + k * DEPTH, k, weights, WEIGHTS, k < STEPS)
+    for k in gl.static_range(STAGES):
+        # Ready when the rows have come as well, which nobody has sent for yet.
+        bar = ready.index(k)
+        mbarrier.expect(bar, BYTES, pred=k < STEPS)
+        at = [row, first + k * DEPTH]
+        tma.async_copy_global_to_shared(weight_tiles, at, bar, weights.index(k), pred=k < STEPS)
     if LINES > 0:
         NEAR: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
         line = gl.arange(0, LINES, gl.SliceLayout(0, NEAR))[None, :] * DEPTH
         line += (row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, NEAR)))[:, None] * D
-        ask_ahead(weight_ptr + first + WEIGHTS * DEPTH + line)
+        ask_ahead(weight_ptr + first + STAGES * DEPTH + line)
     wait_for_others(OVERLAP)
-    for k in gl.static_range(ROWS):
-        _send_for(x_tiles, 0, first + k * DEPTH, k, rows, ROWS, k < STEPS)
+    for k in gl.static_range(STAGES):
+        at = [0, first + k * DEPTH]
+        tma.async_copy_global_to_shared(x_tiles, at, ready.index(k), rows.index(k), pred=k < STEPS)
     if N_SQUARES > 0:  # asked for here, used behind the loop
         PARTS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         part = gl.arange(0, SQUARES, gl.SliceLayout(1, PARTS))[:, None]
@@ -113,20 +102,22 @@ def thin_streams(
         gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 16]),
     )
     for k in range(STEPS):
-        mbarrier.wait(weights[1].index(k % WEIGHTS), (k // WEIGHTS) & 1)
-        mbarrier.wait(rows[1].index(k % ROWS), (k // ROWS) & 1)
-        x = rows[0].index(k % ROWS).permute((1, 0))
-        acc = warpgroup_mma(weights[0].index(k % WEIGHTS), x, acc, use_acc=True, is_async=True)
+        stage = k % STAGES
+        mbarrier.wait(ready.index(stage), (k // STAGES) & 1)
+        x = rows.index(stage).permute((1, 0))
+        acc = warpgroup_mma(weights.index(stage), x, acc, use_acc=True, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         gl.thread_barrier()  # all warps are done with the step before; its places are free
-        last = k - 1
-        more = (last >= 0) & (last + WEIGHTS < STEPS)
-        column = first + last * DEPTH
-        at = last + WEIGHTS
-        _send_for(weight_tiles, row, column + WEIGHTS * DEPTH, at, weights, WEIGHTS, more)
-        more = (last >= 0) & (last + ROWS < STEPS)
-        _send_for(x_tiles, 0, column + ROWS * DEPTH, last + ROWS, rows, ROWS, more)
+        free = (k + STAGES - 1) % STAGES
+        more = (k > 0) & (k - 1 + STAGES < STEPS)
+        column = first + (k - 1 + STAGES) * DEPTH
+        bar = ready.index(free)
+        mbarrier.expect(bar, BYTES, pred=more)
+        place = weights.index(free)
+        tma.async_copy_global_to_shared(weight_tiles, [row, column], bar, place, pred=more)
+        tma.async_copy_global_to_shared(x_tiles, [0, column], bar, rows.index(free), pred=more)
     acc = warpgroup_mma_wait(0, deps=[acc])
+    gl.thread_barrier()  # all have read: what follows may use the places for itself
     sums = gl.convert_layout(acc, OUT)
     if N_SQUARES > 0:
         squares = gl.convert_layout(gl.sum(of_parts, axis=0), gl.SliceLayout(0, OUT))
