@@ -1,0 +1,61 @@
+"""What the casts to 8 bits are compiled to for a large GPU, without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels.on_triton import needs_triton
+
+BUILD = """
+import importlib
+import re
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {n: "i32" for n in ("stride_b", "stride_h", "stride_t", "N_PAIRS", "N", "D", "F", "P")}
+TYPES |= {n: "i32" for n in ("W", "T", "first", "n_heads", "n")}
+TYPES |= {n: "*fp32" for n in ("inverse_ptr", "hidden_inverse_ptr", "cos_ptr", "sin_ptr")}
+TYPES |= {n: "*fp32" for n in ("largest_ptr", "squares_ptr")}
+
+def build(kernel, types, **constants):
+    types, names = TYPES | types, kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
+    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+    source = ASTSource(kernel, signature, constants, whole)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    ptx = built.asm["ptx"]
+    # Nothing is written byte by byte, nor transposed so.
+    assert not re.search(r"(ld|st)[.](global|shared)[.](v[24][.])?b(8|16)[^x]", ptx), kernel
+    assert "ld.global.v4.b32" in ptx, kernel
+    return ptx
+
+load = lambda name: importlib.import_module("pyper.kernels." + name)
+cast, activation, heads = load("fp8_cast"), load("fp8_activation"), load("fp8_heads")
+build(cast._measure, {}, NORMS=True, ROWS=4, BLOCK_D=2048)
+build(activation._hidden_forward, {"hidden_ptr": "*fp8e4nv"}, ACTIVATION="gelu", BLOCK=4096)
+turned = [
+    build(cast._cast_both, {"rows_ptr": t, "columns_ptr": t}, BLOCK_N=128, BLOCK_D=128)
+    for t in ("*fp8e4nv", "*fp8e5")
+]
+types = {"dpre_ptr": "*fp8e5", "columns_ptr": "*i16", "hidden_ptr": "*i16"}
+block = dict(HIDDEN=tl.float8e4nv, ACTIVATION="gelu", PAIRS=64, BLOCK_F=64)
+turned.append(build(activation._hidden_gradients, types, **block))
+types = {"rows_ptr": "*fp8e5", "columns_ptr": "*i16"}
+block = dict(TURNS=True, HALF=64, HEADS=4, PAIRS=32, BLOCK_K=64)
+turned.append(build(heads._turn_back_to_fp8, types, **block))
+for ptx in turned:
+    assert "matrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
+# GELU is computed once for all three results.
+assert turned[2].count("ex2.approx") == 32
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_nothing_is_transposed_byte_by_byte() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
