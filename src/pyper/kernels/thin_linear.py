@@ -250,18 +250,17 @@ class Blocks(NamedTuple):
 def _blocks_of(x: Tensor, weight: Tensor, activation: str, alone: bool) -> Blocks:
     """alone: every program must see all inputs."""
     (B, D), N = x.shape, _width_of(weight, activation)
-    blocks = _blocks(N, D, B, alone)
+    blocks = _blocks(N, B, alone)
     width = min(blocks.inputs, max(block_of(D, 1 << 20), 16))
     # An input's part is a block at least.
     splits = min(blocks.splits, -(-D // width)) if -(-N // blocks.outputs) <= TICKETS else 1
     return blocks._replace(inputs=width, splits=1 if alone else splits)
 
 
-def _blocks(n_outputs: int, n_inputs: int, n_rows: int, alone: bool) -> Blocks:
-    """What is best on an H200.
+def _blocks(n_outputs: int, n_rows: int, alone: bool) -> Blocks:
+    """Each of a large GPU's processors should have a program, and room for one of the next kernel.
 
-    Each of a large GPU's processors should have a program, some 32 kB on their way, and room for a
-    program of the next kernel.
+    Of its 227 kB of shared memory, a program fills 100 with what is on its way.
     """
     few = n_rows <= 16
     if alone:
@@ -270,8 +269,9 @@ def _blocks(n_outputs: int, n_inputs: int, n_rows: int, alone: bool) -> Blocks:
         return Blocks(64, 256, 1, 4 if few else 3, 4)
     if n_outputs >= 16384 and not few:  # rows are read by half as many programs
         return Blocks(128, 64, 1, 4, 4)
-    splits = block_of(max(_PROGRAMS // -(-n_outputs // 64), 1), 8)
-    return Blocks(64, 128, splits, 5 if few else 3, 4)
+    splits = block_of(-(-_PROGRAMS // -(-n_outputs // 64)), 8)
+    stages = 100 * 1024 // ((64 + max(block_of(n_rows, MOST_ROWS), 16)) * 128 * 2)
+    return Blocks(64, 128, splits, stages, 4)
 
 
 def _outputs(
