@@ -85,8 +85,6 @@ class BatchEngine:
         draws = self._ahead or self._read_and_draw()
         self._ahead = self._run_ahead(draws)
         events = [event for draw in draws for event in self._land(draw)]
-        for running in self._running.values():
-            running.n_pages = self._reader.pages_left_for(running.text)
         if not self._running:
             self._ahead = []
         self._payoff.end(len(events), counts=self._reader.n_prefilled == before)
@@ -205,7 +203,7 @@ class BatchEngine:
         """First come, first served: who does not fit yet holds up those behind."""
         if not self._waiting or len(self._running) >= self.limits.max_running:
             return False
-        reserved = sum(running.n_pages for running in self._running.values())
+        reserved = sum(self._reader.pages_left_for(row.text) for row in self._running.values())
         return self._pages_for(self._waiting[0][1]) <= self._reader.pool.n_pages - reserved
 
     def _admit(self) -> None:
@@ -217,7 +215,6 @@ class BatchEngine:
                 self._reader.open(request.prompt, self._capacity(request), request.expert),
                 TextStream(self.tokenizer, request.sampling.stop),
                 chances(request.sampling.seed),
-                self._pages_for(request),
             )
 
     def _leave(self, running: Running) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from pyper.generate.sampling import SamplingBatch, draw
 from pyper.generate.transfer import OnItsWay, to_device, to_host
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One token of one row, and what was said of it."""
 
     token: int

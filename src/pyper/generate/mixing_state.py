@@ -93,7 +93,11 @@ class MixingState:
         if n > self._n_summed:
             new = self.settings.temperature * self.scores[self._n_summed : n].astype(np.float64)
             # One after another: a sum would add in an order that depends on how many there are.
-            self.evidence = np.cumsum(np.vstack([self.evidence, new]), axis=0)[-1]
+            if len(new) > 1:
+                new = np.cumsum(np.vstack([self.evidence, new]), axis=0)
+                self.evidence = new[-1]
+            else:
+                self.evidence = self.evidence + new[0]
             self._n_summed = n
 
     def _route(self, tokens: list[int], start: int, length: int) -> int:

@@ -135,11 +135,13 @@ class MixtureReader:
         caller draws from them before anything else is read, and appends the tokens later. None
         where what comes next depends on them.
         """
-        if not all(self._goes_on(text) for text in texts):
+        is_guessing = self.drafter is not None and self.may_guess  # one way to hurry at a time
+        if is_guessing or not all(self._goes_on(text) for text in texts):
             return None
         self._weigh(texts)
         now = [self._next_readers(text) for text in texts]
-        if len({len(es) for es in now}) > 1:
+        asked = sorted({expert for es in now for expert in es})
+        if len({len(es) for es in now}) > 1 or not all(map(self._passes.is_quick, asked)):
             return None
         per_expert = self._read_one_more(texts, tokens, now)
         if per_expert.shape[1] == 1:
@@ -166,12 +168,11 @@ class MixtureReader:
 
     def _goes_on(self, text: Text) -> bool:
         """Whether it is known who reads the next token, whatever it is, and they are ready."""
-        if text.guesses or (self.drafter is not None and self.may_guess):
-            return False  # one way to hurry at a time
-        is_known = text.state.stays_decided(len(text.tokens))
-        return (is_known or text.state.settings.mixing == "posterior") and all(
-            text.is_read_by(e) and self._passes.is_quick(e) for e in self._next_readers(text)
-        )
+        if text.guesses:
+            return False
+        if text.state.stays_decided(len(text.tokens)):
+            return all(map(text.is_read_by, text.used))
+        return text.state.settings.mixing == "posterior" and all(map(text.is_read_by, text.live))
 
     def _next_readers(self, text: Text) -> list[int]:
         return text.used if text.state.stays_decided(len(text.tokens)) else text.live

@@ -31,8 +31,6 @@ class Running:
     shown: TextStream
     chance: Iterator[float]
     """One number for each token that is drawn."""
-    n_pages: int
-    """Reserved for it: the most that it may still come to use."""
 
     @property
     def is_last(self) -> bool:
