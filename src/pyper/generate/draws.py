@@ -11,6 +11,7 @@ from pyper.generate.mixture_reader import Predictions
 from pyper.generate.running import Alternatives, Running
 from pyper.generate.sampling import SamplingBatch, draw
 from pyper.generate.transfer import OnItsWay, to_device, to_host
+from pyper.kernels import drawing
 
 
 class Drawn(NamedTuple):
@@ -89,9 +90,11 @@ def _draw(
     if settings.is_greedy and settings.repetition_penalty is None:
         best = log_probs.max(dim=-1)
         return best.indices, best.values
+    chance = to_device(torch.tensor([next(row.chance) for row in rows]), log_probs.device)
+    if settings.repetition_penalty is None and drawing.takes(log_probs):
+        return drawing.draw_rows(log_probs, settings.rules, chance)
     seen = None if settings.repetition_penalty is None else _seen(rows, log_probs)
-    chance = torch.tensor([next(row.chance) for row in rows])
-    tokens = draw(log_probs, settings, to_device(chance, log_probs.device), seen)
+    tokens = draw(log_probs, settings, chance, seen)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
 
 

@@ -185,7 +185,8 @@ class MixtureReader:
         evidence, live = (to_device(x, device) for x in evidence_of([t.state for t in texts]))
         more = settings.temperature * scores.double()
         evidence = evidence.scatter_add(1, _index(experts, evidence), more)
-        return posterior_log_weights(settings, evidence, live)[0]
+        # float32, as where the host knows them: all that is mixed would be float64 as well.
+        return posterior_log_weights(settings, evidence, live)[0].float()
 
     def append(
         self, text: Text, token: int, experts: Sequence[int], scores: Sequence[float]

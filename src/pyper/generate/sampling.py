@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyper.errors import PromptError
 from pyper.generate.transfer import to_device
+from pyper.kernels.drawing import DrawRules
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class SamplingBatch:
     repetition_penalty: Tensor | None
     is_greedy: bool
     """All rows take the likeliest token."""
+    rules: DrawRules
+    """The same but for the penalty, as a kernel reads it."""
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig], device: torch.device) -> "SamplingBatch":
@@ -84,7 +87,17 @@ class SamplingBatch:
             optional([c.min_p for c in configs], 0.0),
             optional([c.repetition_penalty for c in configs], 1.0),
             all(greedy),
+            _rules(configs, device),
         )
+
+
+def _rules(configs: Sequence[SamplingConfig], device: torch.device) -> DrawRules:
+    table = [
+        [max(c.temperature, 1e-6) if c.temperature else 0.0, c.top_k or math.inf, c.top_p, c.min_p]
+        for c in configs
+    ]
+    has_top = any(c.top_k is not None or c.top_p < 1 for c in configs)
+    return DrawRules(to_device(torch.tensor(table), device), has_top)
 
 
 def draw(
