@@ -14,6 +14,8 @@ from torch import Tensor
 from pyper.generate.step_inputs import Row, StepInputs
 from pyper.generate.thin_layers import ThinLayers
 from pyper.generate.usual_layers import UsualLayers
+from pyper.generate.whole_layers import WholeLayers
+from pyper.kernels.launch import ON_TRIAL
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.rope import rotation
 
@@ -53,11 +55,13 @@ class DecodeStep:
             thin = not compiled and ThinLayers.pay_for(model, batch)
         every, c = torch.arange(n_pages * PAGE_TOKENS, device=model.device), model.config
         cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
-        self._layers = (
-            ThinLayers(cos, sin, batch * c.kv_heads)
-            if thin
-            else UsualLayers(cos, sin, compiled=compiled)
-        )
+        self._layers: ThinLayers | UsualLayers | WholeLayers
+        if thin and ON_TRIAL and WholeLayers.pay_for(model, batch):
+            self._layers = WholeLayers(model, store, n_pages * PAGE_TOKENS)
+        elif thin:
+            self._layers = ThinLayers(cos, sin, batch * c.kv_heads)
+        else:
+            self._layers = UsualLayers(cos, sin, compiled=compiled)
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             self._record(model, pool)

@@ -1,0 +1,445 @@
+"""The kernel of `whole_token`: programs that stay, and meet between the parts of each layer.
+
+What a program reads of a weight does not depend on what others compute, so the first block of the
+next weight is on its way before the programs meet: the memory does not wait for them. The blocks of
+a weight are dealt out in turn, so that every program has as many, but for one.
+"""
+
+import triton
+import triton.language as tl
+
+from pyper.kernels.paged_attention_kernel import attend
+from pyper.kernels.row_epilogue import store_finished
+from pyper.kernels.row_int8 import _eight, _whole
+from pyper.kernels.row_int8 import _times as _times_int8
+from pyper.kernels.row_linear import _times as _times_widened
+
+# Rows of the table of addresses: a layer's tensors in this order, 0 for what it does not have.
+NAMES = (
+    *("attention_gain", "qkv", "qkv_scale", "qkv_bias", "query_gain", "key_gain"),
+    *("cos", "sin", "keys", "values", "out", "out_scale", "out_bias"),
+    *("feed_forward_gain", "up", "up_scale", "up_bias", "down", "down_scale", "down_bias"),
+)
+N_NAMES = tl.constexpr(len(NAMES))
+# Every phase at once; a single one is for machines that run one program after another.
+ALL = tl.constexpr(-1)
+
+
+@triton.jit
+def _address(table_ptr, layer, PLACE: tl.constexpr, dtype: tl.constexpr):
+    address = tl.load(table_ptr + layer * N_NAMES + PLACE)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _look(counter_ptr):
+    """A look at the counter that sees what all who counted had written before."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.s32 $0, [$1];",
+        "=r,l",
+        [counter_ptr.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _meet(counter_ptr, target, TOGETHER: tl.constexpr):
+    """Until all programs have come here, and what they wrote before can be seen."""
+    if TOGETHER:
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="release")
+        while _look(counter_ptr) < target:
+            pass
+
+
+@triton.jit
+def _rows_of(t, p, n_programs, BLOCK_N: tl.constexpr):
+    return (t * n_programs + p) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _block(
+    words_ptr,
+    t,
+    p,
+    there,
+    N: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STORED: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Block t of a program, of a weight and of SwiGLU's values, as words of four bytes.
+
+    Who has none reads the last rows again, which are near, and stores nothing.
+    """
+    place = tl.arange(0, BLOCK_N)
+    if N % BLOCK_N:
+        row = tl.minimum((t * PROGRAMS + p) * BLOCK_N, N - 1)
+        place = tl.minimum(place, N - 1 - row)
+    else:
+        row = tl.minimum((t * PROGRAMS + p) * BLOCK_N, N - BLOCK_N)
+    if STORED == "int8":  # (T, BLOCK_N, 4)
+        T: tl.constexpr = BLOCK_W // 4
+        w = (4 * tl.arange(0, T)[:, None] + tl.arange(0, 4)[None, :])[:, None, :]
+        at = place[None, :, None] * WORDS + w
+    else:  # (BLOCK_N, BLOCK_W)
+        w = tl.arange(0, BLOCK_W)[None, :]
+        at = place[:, None] * WORDS + w
+    words_ptr += row.to(tl.int64) * WORDS
+    inside = there & (w < WORDS)
+    gates = tl.load(words_ptr + at, mask=inside, other=0)
+    values = gates
+    if GATED:
+        values = tl.load(words_ptr + N * WORDS + at, mask=inside, other=0)
+    return gates, values
+
+
+@triton.jit
+def _input(
+    x_ptr,
+    gain_ptr,
+    eps,
+    WORDS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    STORED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """A row as its products take it (three tensors), and what their sums are multiplied by."""
+    PER_WORD: tl.constexpr = 2 if STORED == "bf16" else 4
+    D: tl.constexpr = WORDS * PER_WORD
+    scale = 1.0
+    if STORED == "int8":
+        T: tl.constexpr = BLOCK_W // 4
+        at = 16 * tl.arange(0, T)[:, None] + tl.arange(0, 8)[None, :]
+        squares = tl.zeros((T,), dtype=tl.float32)
+        x, squares = _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM)
+        more, squares = _eight(x_ptr, gain_ptr, at + 8, squares, D, HAS_NORM)
+        first, last, steps = _whole(x, more)
+    else:
+        at = tl.arange(0, BLOCK_W * PER_WORD)
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        squares = x * x
+        if HAS_NORM:
+            gain = tl.load(gain_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+            # Rounded as where several rows are multiplied: one text or two, one result.
+            x = (x * gain).to(x_ptr.dtype.element_ty).to(tl.float32)
+        if STORED == "fp8":
+            x *= 2.0**60  # half of what its weights lack; the other half comes at the end
+            scale = 2.0**60
+        first, last, steps = x, x, x
+    if HAS_NORM:
+        scale *= tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
+    return first, last, steps, scale
+
+
+@triton.jit
+def _sums(words, first, last, steps, STORED: tl.constexpr, HARDWARE: tl.constexpr):
+    if STORED == "int8":
+        sums = tl.sum(_times_int8(words, first, last, steps, HARDWARE), axis=0)
+    else:
+        sums = tl.sum(_times_widened(words, first, STORED), axis=1)
+    return sums
+
+
+@triton.jit
+def _finish(
+    gates,
+    values,
+    row,
+    n,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    N: tl.constexpr,
+    STORED: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """The outputs n of a block."""
+    first, last, steps, scale = row
+    total = scale * _sums(gates, first, last, steps, STORED, HARDWARE)
+    value = total
+    if ACTIVATION == "swiglu":
+        value = scale * _sums(values, first, last, steps, STORED, HARDWARE)
+    store_finished(
+        *(total, value, n, scale_ptr, bias_ptr, residual_ptr, out_ptr),
+        *(N, ACTIVATION, STORED != "bf16", HAS_BIAS, HAS_RESIDUAL),
+    )
+
+
+@triton.jit
+def _all_but_last(
+    block,
+    x_ptr,
+    gain_ptr,
+    eps,
+    words_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    p,
+    PROGRAMS: tl.constexpr,
+    N: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STORED: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """A product but for the last block, which is on its way: it, and the row."""
+    gates, values = block
+    row = _input(x_ptr, gain_ptr, eps, WORDS, BLOCK_W, STORED, HAS_NORM)
+    for t in range(BLOCKS - 1):
+        next_gates, next_values = _block(
+            *(words_ptr, t + 1, p, True, N, WORDS, BLOCK_N, BLOCK_W, PROGRAMS),
+            *(STORED, ACTIVATION == "swiglu"),
+        )
+        _finish(
+            *(gates, values, row, _rows_of(t, p, PROGRAMS, BLOCK_N)),
+            *(scale_ptr, bias_ptr, residual_ptr, out_ptr),
+            *(N, STORED, HARDWARE, ACTIVATION, HAS_BIAS, HAS_RESIDUAL),
+        )
+        gates, values = next_gates, next_values
+    return gates, values, row
+
+
+@triton.jit
+def whole_token_kernel(
+    table_ptr,
+    x_ptr,
+    other_ptr,
+    qkv_ptr,
+    mixed_ptr,
+    hidden_ptr,
+    logits_ptr,
+    part_ptr,
+    log_sum_ptr,
+    tickets_ptr,
+    counter_ptr,
+    pages_ptr,
+    position_ptr,
+    final_gain_ptr,
+    head_ptr,
+    head_scale_ptr,
+    head_bias_ptr,
+    first_layer,
+    last_layer,
+    eps,
+    PHASE: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STORED: tl.constexpr,
+    HEAD_STORED: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    QKV_BIAS: tl.constexpr,
+    OUT_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
+    HEAD_BIAS: tl.constexpr,
+    BLOCK_OF_D: tl.constexpr,
+    BLOCK_OF_A: tl.constexpr,
+    BLOCK_OF_F: tl.constexpr,
+    BLOCK_OF_HEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """See `whole_token`. BLOCK_OF_…: rows of a block of weights that read so many numbers."""
+    p = tl.program_id(0)
+    TOGETHER: tl.constexpr = PHASE == ALL
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    PER_WORD: tl.constexpr = 2 if STORED == "bf16" else 4
+    HEAD_PER_WORD: tl.constexpr = 2 if HEAD_STORED == "bf16" else 4
+    QKV: tl.constexpr = (H + 2 * KV_HEADS) * K
+    A: tl.constexpr = H * K
+    D_WORDS: tl.constexpr = D // PER_WORD
+    A_WORDS: tl.constexpr = A // PER_WORD
+    F_WORDS: tl.constexpr = F // PER_WORD
+    HEAD_WORDS: tl.constexpr = D // HEAD_PER_WORD
+    D_WIDE: tl.constexpr = triton.next_power_of_2(D_WORDS)
+    A_WIDE: tl.constexpr = triton.next_power_of_2(A_WORDS)
+    F_WIDE: tl.constexpr = triton.next_power_of_2(F_WORDS)
+    HEAD_WIDE: tl.constexpr = triton.next_power_of_2(HEAD_WORDS)
+    QKV_BLOCKS: tl.constexpr = triton.cdiv(QKV, PROGRAMS * BLOCK_OF_D)
+    OUT_BLOCKS: tl.constexpr = triton.cdiv(D, PROGRAMS * BLOCK_OF_A)
+    UP_BLOCKS: tl.constexpr = triton.cdiv(F, PROGRAMS * BLOCK_OF_D)
+    DOWN_BLOCKS: tl.constexpr = triton.cdiv(D, PROGRAMS * BLOCK_OF_F)
+    HEAD_BLOCKS: tl.constexpr = triton.cdiv(V, PROGRAMS * BLOCK_OF_HEAD)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    target = 0
+    position = tl.load(position_ptr).to(tl.int32)
+    qkv = _address(table_ptr, first_layer, 1, tl.int32)
+    block = _block(
+        *(qkv, 0, p, True, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+        *(STORED, False),
+    )
+    for layer in range(first_layer, last_layer):
+        attention_gain = _address(table_ptr, layer, 0, dtype)
+        qkv = _address(table_ptr, layer, 1, tl.int32)
+        qkv_scale = _address(table_ptr, layer, 2, tl.float32)
+        qkv_bias = _address(table_ptr, layer, 3, dtype)
+        query_gain = _address(table_ptr, layer, 4, dtype)
+        key_gain = _address(table_ptr, layer, 5, dtype)
+        cos = _address(table_ptr, layer, 6, tl.float32)
+        sin = _address(table_ptr, layer, 7, tl.float32)
+        keys = _address(table_ptr, layer, 8, dtype)
+        values = _address(table_ptr, layer, 9, dtype)
+        out = _address(table_ptr, layer, 10, tl.int32)
+        out_scale = _address(table_ptr, layer, 11, tl.float32)
+        out_bias = _address(table_ptr, layer, 12, dtype)
+        gain = _address(table_ptr, layer, 13, dtype)
+        up = _address(table_ptr, layer, 14, tl.int32)
+        up_scale = _address(table_ptr, layer, 15, tl.float32)
+        up_bias = _address(table_ptr, layer, 16, dtype)
+        down = _address(table_ptr, layer, 17, tl.int32)
+        down_scale = _address(table_ptr, layer, 18, tl.float32)
+        down_bias = _address(table_ptr, layer, 19, dtype)
+        next_qkv = _address(table_ptr, layer + 1, 1, tl.int32)
+
+        if PHASE == ALL or PHASE == 0:
+            gates, others, row = _all_but_last(
+                *(block, x_ptr, attention_gain, eps, qkv, qkv_scale, qkv_bias, x_ptr, qkv_ptr),
+                *(p, PROGRAMS, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, QKV_BLOCKS),
+                *(STORED, HARDWARE, "", True, QKV_BIAS, False),
+            )
+            out_block = _block(
+                *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
+                *(STORED, False),
+            )
+            _finish(
+                *(gates, others, row, _rows_of(QKV_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
+                *(qkv_scale, qkv_bias, x_ptr, qkv_ptr),
+                *(QKV, STORED, HARDWARE, "", QKV_BIAS, False),
+            )
+            target += PROGRAMS
+            _meet(counter_ptr, target, TOGETHER)
+
+        if PHASE == ALL or PHASE == 1:
+            if p < KV_HEADS * PARTS:
+                part = p % PARTS
+                per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), PARTS) * BLOCK_S
+                start = part * per_part
+                attend(
+                    *(qkv_ptr, qkv_ptr + H * K, qkv_ptr + (H + KV_HEADS) * K, keys, values),
+                    *(pages_ptr, part_ptr, log_sum_ptr, mixed_ptr, tickets_ptr, cos, sin),
+                    *(query_gain, key_gain, 0, 0, 0, K**-0.5, eps, position),
+                    *(start, tl.minimum(start + per_part, position)),
+                    *(0, p // PARTS, part, KV_HEADS, PARTS, True, QK_NORM, PARTS > 1, PARTS),
+                    *(K, H // KV_HEADS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, 2),
+                )
+            target += PROGRAMS
+            _meet(counter_ptr, target, TOGETHER)
+
+        if PHASE == ALL or PHASE == 2:
+            if PHASE != ALL:
+                out_block = _block(
+                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
+            gates, others, row = _all_but_last(
+                *(out_block, mixed_ptr, gain, eps, out, out_scale, out_bias, x_ptr, other_ptr),
+                *(p, PROGRAMS, D, A_WORDS, BLOCK_OF_A, A_WIDE, OUT_BLOCKS),
+                *(STORED, HARDWARE, "", False, OUT_BIAS, True),
+            )
+            up_block = _block(
+                *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                *(STORED, GATED),
+            )
+            _finish(
+                *(gates, others, row, _rows_of(OUT_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_A)),
+                *(out_scale, out_bias, x_ptr, other_ptr),
+                *(D, STORED, HARDWARE, "", OUT_BIAS, True),
+            )
+            target += PROGRAMS
+            _meet(counter_ptr, target, TOGETHER)
+
+        if PHASE == ALL or PHASE == 3:
+            if PHASE != ALL:
+                up_block = _block(
+                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                    *(STORED, GATED),
+                )
+            gates, others, row = _all_but_last(
+                *(up_block, other_ptr, gain, eps, up, up_scale, up_bias, x_ptr, hidden_ptr),
+                *(p, PROGRAMS, F, D_WORDS, BLOCK_OF_D, D_WIDE, UP_BLOCKS),
+                *(STORED, HARDWARE, ACTIVATION, True, UP_BIAS, False),
+            )
+            down_block = _block(
+                *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
+                *(STORED, False),
+            )
+            _finish(
+                *(gates, others, row, _rows_of(UP_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
+                *(up_scale, up_bias, x_ptr, hidden_ptr),
+                *(F, STORED, HARDWARE, ACTIVATION, UP_BIAS, False),
+            )
+            target += PROGRAMS
+            _meet(counter_ptr, target, TOGETHER)
+
+        if PHASE == ALL or PHASE == 4:
+            if PHASE != ALL:
+                down_block = _block(
+                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
+            gates, others, row = _all_but_last(
+                *(down_block, hidden_ptr, gain, eps, down, down_scale, down_bias),
+                *(other_ptr, x_ptr, p, PROGRAMS, D, F_WORDS, BLOCK_OF_F, F_WIDE, DOWN_BLOCKS),
+                *(STORED, HARDWARE, "", False, DOWN_BIAS, True),
+            )
+            if PHASE == ALL:
+                more = layer + 1 < last_layer
+                block = _block(
+                    *(next_qkv, 0, p, more, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
+            _finish(
+                *(gates, others, row, _rows_of(DOWN_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_F)),
+                *(down_scale, down_bias, other_ptr, x_ptr),
+                *(D, STORED, HARDWARE, "", DOWN_BIAS, True),
+            )
+            target += PROGRAMS
+            _meet(counter_ptr, target, TOGETHER)
+
+    if PHASE == ALL or PHASE == 5:
+        head_block = _block(
+            *(head_ptr, 0, p, True, V, HEAD_WORDS, BLOCK_OF_HEAD, HEAD_WIDE, PROGRAMS),
+            *(HEAD_STORED, False),
+        )
+        gates, others, row = _all_but_last(
+            *(head_block, x_ptr, final_gain_ptr, eps, head_ptr, head_scale_ptr, head_bias_ptr),
+            *(x_ptr, logits_ptr, p, PROGRAMS, V, HEAD_WORDS, BLOCK_OF_HEAD, HEAD_WIDE),
+            *(HEAD_BLOCKS, HEAD_STORED, HARDWARE, "", True, HEAD_BIAS, False),
+        )
+        _finish(
+            *(gates, others, row, _rows_of(HEAD_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_HEAD)),
+            *(head_scale_ptr, head_bias_ptr, x_ptr, logits_ptr),
+            *(V, HEAD_STORED, HARDWARE, "", HEAD_BIAS, False),
+        )
+    if TOGETHER:  # the last to leave makes ready for the next token
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == target + PROGRAMS - 1:
+            tl.store(counter_ptr, 0)
