@@ -147,6 +147,29 @@ def test_requests_that_come_and_go_get_the_same_in_fixed_shapes(mode: dict[str, 
     }
 
 
+def test_what_a_row_has_seen_includes_tokens_that_are_under_way() -> None:
+    mixture = small_bytes(mixing="top1")
+
+    def written(fixed_shapes: bool) -> tuple[dict[int, list[int | None]], int]:
+        limits, n_ahead = EngineLimits(cache_tokens=8192), 0
+        engine = BatchEngine(mixture, BYTES, limits, fixed_shapes=fixed_shapes)
+        for n, penalty in enumerate([5.0, 1.0, 8.0]):  # who asks for nothing leaves in between
+            sampling = SamplingConfig([30, 12, 25][n], n * 0.4, repetition_penalty=penalty, seed=n)
+            engine.submit(ask("abcdefgh", sampling))
+        got: dict[int, list[int | None]] = {}
+        while not engine.idle:
+            for event in engine.step():
+                got.setdefault(event.request_id, []).append(event.token)
+            n_ahead += bool(engine._ahead)
+        return got, n_ahead
+
+    expected, _ = written(False)
+    got, n_ahead = written(True)
+    assert got == expected
+    assert len(set(got[1])) == len(got[1])  # the greedy one never says anything twice
+    assert n_ahead > 20
+
+
 def test_who_is_cancelled_while_its_next_token_is_under_way_is_gone() -> None:
     mixture = scripted("abcdefghijklmnopqrstuvwxyz", seq_len=64)
     engine = BatchEngine(mixture, BYTES, EngineLimits(cache_tokens=8192), fixed_shapes=True)

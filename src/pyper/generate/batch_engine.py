@@ -6,14 +6,12 @@ import torch
 
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
-from pyper.generate.draws import Draw, draw_tokens
+from pyper.generate.draws import Draw, Ends, draw_tokens
 from pyper.generate.mixture_reader import MixtureReader, Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running, chances
-from pyper.generate.sampling import SamplingBatch
 from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
 from pyper.generate.text import TextStream
-from pyper.generate.transfer import to_device
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
 
@@ -99,10 +97,8 @@ class BatchEngine:
             for said in self._reader.predict(ready)
         ]
 
-    def _draw(
-        self, rows: list[Running], said: Predictions, settings: SamplingBatch | None = None
-    ) -> Draw:
-        return draw_tokens(rows, said, self.tokenizer.vocab_size, settings)
+    def _draw(self, rows: list[Running], said: Predictions, last: Ends | None = None) -> Draw:
+        return draw_tokens(rows, said, self.tokenizer.vocab_size, last)
 
     def _run_ahead(self, draws: list[Draw]) -> list[Draw]:
         """Read the tokens that are being drawn, and draw again, before the host has seen them.
@@ -111,24 +107,15 @@ class BatchEngine:
         """
         if len(draws) != 1 or self._can_admit():
             return []
-        [last] = draws
-        rows = [(i, row) for i, row in enumerate(last.rows) if self._is_running(row)]
-        if len(rows) < len(self._running) or not all(self._may_go_on(row) for _, row in rows):
+        ends = draws[0].ends
+        here = [i for i, row in enumerate(ends.rows) if self._is_running(row)]
+        going = [i for i in here if not ends.rows[i].is_last]
+        if len(here) < len(self._running) or not going:
             return []
-        going = [(i, row) for i, row in rows if not row.is_last]
-        if not going:
-            return []
-        tokens, scores = last.tokens, last.scores
-        settings: SamplingBatch | None = last.settings
-        if len(going) < len(tokens):
-            index = to_device(torch.tensor([i for i, _ in going]), tokens.device)
-            tokens, scores, settings = tokens[index], scores[index], None
-        texts, experts = [row.text for _, row in going], [last.experts[i] for i, _ in going]
-        said = self._reader.read_ahead(texts, tokens, experts, scores)
-        return [] if said is None else [self._draw([row for _, row in going], said, settings)]
-
-    def _may_go_on(self, row: Running) -> bool:
-        return row.is_last or row.request.sampling.repetition_penalty == 1.0
+        last = ends.of(going)
+        texts = [row.text for row in last.rows]
+        said = self._reader.read_ahead(texts, last.tokens, last.experts, last.scores)
+        return [] if said is None else [self._draw(last.rows, said, last)]
 
     def _is_running(self, row: Running) -> bool:
         return self._running.get(row.request_id) is row
@@ -136,7 +123,8 @@ class BatchEngine:
     def _land(self, draw: Draw) -> list[Event]:
         """What the tokens of a draw show. Who is finished leaves; who has left is passed over."""
         events = []
-        for row, experts, drawn in zip(draw.rows, draw.experts, draw.outcomes(), strict=True):
+        ends = draw.ends
+        for row, experts, drawn in zip(ends.rows, ends.experts, draw.outcomes(), strict=True):
             if not self._is_running(row):
                 continue
             event = row.add(drawn.token, drawn.log_prob, drawn.alternatives, self._stop_ids)

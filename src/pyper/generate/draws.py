@@ -11,7 +11,6 @@ from pyper.generate.mixture_reader import Predictions
 from pyper.generate.running import Alternatives, Running
 from pyper.generate.sampling import SamplingBatch, draw
 from pyper.generate.transfer import OnItsWay, to_device, to_host
-from pyper.kernels import drawing
 
 
 class Drawn(NamedTuple):
@@ -26,18 +25,42 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One token for each of some rows (R), perhaps still on its way to the host."""
+class Ends:
+    """Where some rows (R) stand with the tokens that are being drawn, all of it where they are."""
 
     rows: list[Running]
     experts: list[list[int]]
     """(R, A), those that had read the row."""
+    tokens: Tensor
+    """(R,)."""
+    scores: Tensor
+    """(R, A), the experts' log-probabilities of the tokens."""
     settings: SamplingBatch
     """Of the rows."""
-    tokens: Tensor
-    """(R,), where they were drawn."""
-    scores: Tensor
-    """(R, A), the experts' log-probabilities of the tokens, likewise."""
+    seen: Tensor | None
+    """(R, V), True for tokens that a row has by now; None where no row asks."""
+
+    def of(self, index: list[int]) -> "Ends":
+        """Of these rows only."""
+        if len(index) == len(self.rows):
+            return self
+        at = to_device(torch.tensor(index), self.tokens.device)
+        rows = [self.rows[i] for i in index]
+        return Ends(
+            rows,
+            [self.experts[i] for i in index],
+            self.tokens[at],
+            self.scores[at],
+            _settings(rows, at.device),
+            None if self.seen is None else self.seen[at],
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token for each of some rows (R), perhaps still on its way to the host."""
+
+    ends: Ends
     _coming: OnItsWay
     """Tokens (R,), their log-probabilities (R,); then scores, then the likeliest, if not those."""
     _n_best: int
@@ -45,30 +68,31 @@ class Draw:
     def outcomes(self) -> list[Drawn]:
         """By row; waits for them."""
         tokens, log_probs, *more = (part.tolist() for part in self._coming.wait())
-        scores = more.pop(0) if self.scores.shape[1] > 1 else [[said] for said in log_probs]
-        others: list[Alternatives] = [()] * len(self.rows)
+        scores = more.pop(0) if self.ends.scores.shape[1] > 1 else [[said] for said in log_probs]
+        others: list[Alternatives] = [()] * len(tokens)
         if self._n_best:
-            wanted = [row.request.n_logprobs for row in self.rows]
+            wanted = [row.request.n_logprobs for row in self.ends.rows]
             pairs = zip(wanted, *more, strict=True)
             others = [tuple(zip(best[:n], values[:n], strict=True)) for n, best, values in pairs]
         return [Drawn(*row) for row in zip(tokens, log_probs, scores, others, strict=True)]
 
 
 def draw_tokens(
-    rows: list[Running],
-    predictions: Predictions,
-    n_tokens: int,
-    settings: SamplingBatch | None = None,
+    rows: list[Running], predictions: Predictions, n_tokens: int, last: Ends | None = None
 ) -> Draw:
     """Draw a token for each row, without waiting for a GPU.
 
     n_tokens: of the tokenizer; a model's tables may be longer, and no text has those entries.
-    settings: of the rows, where they are known from the last draw.
+    last: of the same rows, a token ago, if the host has not seen that yet.
     """
     log_probs = predictions.log_probs[:, :n_tokens]
-    if settings is None:
-        settings = SamplingBatch.of([row.request.sampling for row in rows], log_probs.device)
-    tokens, of_mixture = _draw(rows, log_probs, settings)
+    settings = _settings(rows, log_probs.device) if last is None else last.settings
+    seen = None
+    if settings.repetition_penalty is not None:
+        seen = _seen(rows, log_probs) if last is None or last.seen is None else last.seen
+    tokens, of_mixture = _draw(rows, log_probs, settings, seen)
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None], value=True)
     per_expert, of_experts = predictions.per_expert, of_mixture[:, None]
     coming = [tokens, of_mixture]
     if per_expert.shape[1] > 1:
@@ -79,23 +103,24 @@ def draw_tokens(
     if n_best:
         best = log_probs.topk(n_best, dim=-1)
         coming += [best.indices, best.values]
-    experts = predictions.experts
-    return Draw(rows, experts, settings, tokens, of_experts, to_host(*coming), n_best)
+    ends = Ends(rows, predictions.experts, tokens, of_experts, settings, seen)
+    return Draw(ends, to_host(*coming), n_best)
 
 
 def _draw(
-    rows: Sequence[Running], log_probs: Tensor, settings: SamplingBatch
+    rows: Sequence[Running], log_probs: Tensor, settings: SamplingBatch, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens (R,) and their log-probabilities (R,), of log_probs (R, V)."""
-    if settings.is_greedy and settings.repetition_penalty is None:
+    if settings.is_greedy and seen is None:
         best = log_probs.max(dim=-1)
         return best.indices, best.values
-    chance = to_device(torch.tensor([next(row.chance) for row in rows]), log_probs.device)
-    if settings.repetition_penalty is None and drawing.takes(log_probs):
-        return drawing.draw_rows(log_probs, settings.rules, chance)
-    seen = None if settings.repetition_penalty is None else _seen(rows, log_probs)
-    tokens = draw(log_probs, settings, chance, seen)
+    chance = torch.tensor([next(row.chance) for row in rows])
+    tokens = draw(log_probs, settings, to_device(chance, log_probs.device), seen)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _settings(rows: Sequence[Running], device: torch.device) -> SamplingBatch:
+    return SamplingBatch.of([row.request.sampling for row in rows], device)
 
 
 def _seen(rows: Sequence[Running], log_probs: Tensor) -> Tensor:
@@ -103,4 +128,4 @@ def _seen(rows: Sequence[Running], log_probs: Tensor) -> Tensor:
     seen = torch.zeros(log_probs.shape, dtype=torch.bool)
     for index, row in enumerate(rows):
         seen[index, torch.tensor(row.text.tokens)] = True
-    return seen.to(log_probs.device)
+    return to_device(seen, log_probs.device)

@@ -141,4 +141,5 @@ def posterior_log_weights(
         threshold = min(settings.prune, 0.5 / log_weights.shape[-1])
         log_weights = prune(log_weights, threshold)
         live = torch.isfinite(log_weights)
-    return keep_top_k(log_weights, min(settings.top_k, log_weights.shape[-1])), live
+    is_all = settings.top_k >= log_weights.shape[-1]
+    return log_weights if is_all else keep_top_k(log_weights, settings.top_k), live

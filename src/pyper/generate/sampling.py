@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyper.errors import PromptError
 from pyper.generate.transfer import to_device
+from pyper.kernels import drawing
 from pyper.kernels.drawing import DrawRules
 
 
@@ -112,9 +113,11 @@ def draw(
     if batch.repetition_penalty is not None:
         assert seen is not None
         scores = torch.where(seen, scores * batch.repetition_penalty, scores)
-    best = scores.max(dim=-1, keepdim=True)
     if batch.is_greedy:
-        return best.indices.squeeze(-1)
+        return scores.argmax(dim=-1)
+    if drawing.takes(scores):
+        return drawing.draw_rows(scores, batch.rules, uniforms)
+    best = scores.max(dim=-1, keepdim=True)
     # The likeliest at 0: nothing overflows.
     scaled = (scores - best.values) / batch.divisor
     reached = filtered_probs(scaled, batch).cumsum(dim=-1)

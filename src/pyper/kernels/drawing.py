@@ -37,20 +37,19 @@ def takes(log_probs: Tensor) -> bool:
     return fits and launch.runs_triton(log_probs)
 
 
-def draw_rows(log_probs: Tensor, rules: DrawRules, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) int64 and their log-probabilities (R,), of log_probs (R, V); uniforms (R,)."""
+def draw_rows(log_probs: Tensor, rules: DrawRules, uniforms: Tensor) -> Tensor:
+    """Tokens (R,) int64 of log_probs (R, V), which need not be normalised; uniforms (R,)."""
     R, V = log_probs.shape
     # Every row's probabilities, relative to its largest.
     scratch = torch.empty(R, V, device=log_probs.device)
     tokens = torch.empty(R, dtype=torch.long, device=log_probs.device)
-    said = torch.empty(R, device=log_probs.device)
     _draw_row[(R,)](
-        *(log_probs, log_probs.stride(0), rules.table, uniforms, scratch, tokens, said, V),
+        *(log_probs, log_probs.stride(0), rules.table, uniforms, scratch, tokens, V),
         BLOCK=block_of(V, _BLOCK),
         HAS_TOP=rules.has_top,
         num_warps=_WARPS,
     )
-    return tokens, said
+    return tokens
 
 
 if launch.HAS_TRITON:
@@ -152,7 +151,6 @@ if launch.HAS_TRITON:
         uniforms_ptr,
         q_ptr,
         token_ptr,
-        said_ptr,
         V,
         BLOCK: tl.constexpr,
         HAS_TOP: tl.constexpr,
@@ -192,4 +190,3 @@ if launch.HAS_TRITON:
                 place = tl.min(tl.where(passed, block + lane, V), axis=0)
                 token = tl.where(place < V, place, token)
         tl.store(token_ptr + row, token.to(tl.int64))
-        tl.store(said_ptr + row, tl.load(x_ptr + token))
