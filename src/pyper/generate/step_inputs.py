@@ -29,9 +29,11 @@ class StepInputs:
     """
 
     def __init__(self, batch: int, n_pages: int, device: torch.device) -> None:
-        self._memory = torch.zeros(batch * (3 + n_pages), dtype=torch.long, device=device)
-        self.tokens, self.positions, self._moves = self._memory[: 3 * batch].view(3, batch)
-        self.pages = self._memory[3 * batch :].view(batch, n_pages)
+        n = batch * n_pages
+        self._memory = torch.zeros(n + 3 * batch, dtype=torch.long, device=device)
+        # First, as the only ones that are read several at a time: from an even address.
+        self.pages = self._memory[:n].view(batch, n_pages)
+        self.tokens, self.positions, self._moves = self._memory[n:].view(3, batch)
         self._held = [_Held() for _ in range(batch)]
         self._n_rows = 0
 
@@ -39,7 +41,7 @@ class StepInputs:
         """Before a step. tokens: (R,), not those of the rows where only the device knows them."""
         changes = self._changes(rows)
         if tokens is None:
-            changes |= {row: token for row, (token, _, _) in enumerate(rows)}
+            changes |= enumerate((token for token, _, _ in rows), self.pages.numel())
         if changes:
             sent = torch.tensor([list(changes), list(changes.values())])
             at, values = to_device(sent, self._memory.device)
@@ -54,22 +56,23 @@ class StepInputs:
     def _changes(self, rows: Sequence[Row]) -> dict[int, int]:
         """Addresses in the memory, and what belongs there, before each row goes on by a token."""
         batch, width = self.pages.shape
+        position_at, move_at = batch * width + batch, batch * width + 2 * batch
         changes: dict[int, int] = {}
         for row, (_, position, pages) in enumerate(rows):
             held = self._held[row]
             if held.pages is not pages:
                 held.pages, held.n_pages = pages, 0
             if held.n_pages < len(pages):
-                first = 3 * batch + row * width + held.n_pages
+                first = row * width + held.n_pages
                 changes |= enumerate(pages[held.n_pages :], first)
                 held.n_pages = len(pages)
             if held.position != position:
-                changes[batch + row] = position
+                changes[position_at + row] = position
             held.position = position + 1
         for row in range(self._n_rows, len(rows)):
-            changes[2 * batch + row] = 1
+            changes[move_at + row] = 1
         for row in range(len(rows), self._n_rows):
             self._held[row] = _Held()
-            changes |= {batch + row: 0, 2 * batch + row: 0, 3 * batch + row * width: 0}
+            changes |= {position_at + row: 0, move_at + row: 0, row * width: 0}
         self._n_rows = len(rows)
         return changes
