@@ -117,6 +117,11 @@ def draw(
         return scores.argmax(dim=-1)
     if drawing.takes(scores):
         return drawing.draw_rows(scores, batch.rules, uniforms)
+    return draw_torch(scores, batch, uniforms)
+
+
+def draw_torch(scores: Tensor, batch: SamplingBatch, uniforms: Tensor) -> Tensor:
+    """`draw` of float32 scores without a penalty, in plain torch."""
     best = scores.max(dim=-1, keepdim=True)
     # The likeliest at 0: nothing overflows.
     scaled = (scores - best.values) / batch.divisor
