@@ -25,11 +25,15 @@ def _read_heads(
     HAS_NORM: tl.constexpr,
 ):
     """Rows (R, BLOCK_K) that begin at `at` (R,), normalised and turned, in float32."""
-    x = tl.load(x_ptr + at[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Others may have written them in this very kernel: not from a cache of this processor.
+    x = tl.load(x_ptr + at[:, None] + d[None, :], mask=inside, other=0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
     if HAS_TURN:
         half = (d + K // 2) % K  # the other number of the pair
-        pair = tl.load(x_ptr + at[:, None] + half[None, :], mask=inside, other=0.0)
-        pair = pair.to(tl.float32)
+        pair = tl.load(
+            x_ptr + at[:, None] + half[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+        ).to(tl.float32)
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)[:, None]
             x *= scale * tl.load(gain_ptr + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
@@ -148,7 +152,8 @@ def attend(
             *(position, eps, K, HAS_TURN, HAS_NORM),
         )
         new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
-        new_value = tl.load(value_ptr + b * value_stride + h * K + d, mask=d < K, other=0.0)
+        at_value = b * value_stride + h * K + d
+        new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0, cache_modifier=".cg")
         slot = (tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE) * row_width
         tl.store(keys_ptr + slot + d, new_key, mask=d < K)
         tl.store(values_ptr + slot + d, new_value, mask=d < K)

@@ -61,5 +61,6 @@ if launch.HAS_TRITON:
         if HAS_RESIDUAL:
             # As two operations would: the product is rounded before it is added.
             total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
-            total += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            residual = tl.load(residual_ptr + n, mask=n < N, other=0.0, cache_modifier=".cg")
+            total += residual.to(tl.float32)
         tl.store(out_ptr + n, total, mask=n < N)

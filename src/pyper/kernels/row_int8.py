@@ -21,7 +21,7 @@ if launch.HAS_TRITON:
     @triton.jit
     def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):
         """Eight numbers per thread, (T, 8), widened, times their gain; and their squares (T,)."""
-        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0, cache_modifier=".cg").to(tl.float32)
         if HAS_NORM:
             squares += tl.sum(x * x, axis=1)
             gain = tl.load(gain_ptr + at, mask=at < D, other=0.0).to(tl.float32)

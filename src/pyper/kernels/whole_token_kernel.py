@@ -8,7 +8,8 @@ a weight are dealt out in turn, so that every program has as many, but for one.
 import triton
 import triton.language as tl
 
-from pyper.kernels.paged_attention_kernel import attend
+from pyper.kernels.overlap import ask_ahead
+from pyper.kernels.paged_attention_kernel import _slots, attend
 from pyper.kernels.row_epilogue import store_finished
 from pyper.kernels.row_int8 import _eight, _whole
 from pyper.kernels.row_int8 import _times as _times_int8
@@ -25,6 +26,23 @@ N_NAMES = tl.constexpr(len(NAMES))
 ALL = tl.constexpr(-1)
 
 
+_LOOK = """{
+    .reg .pred p;
+    .reg .s32 seen;
+    mov.u32 seen, %tid.x;
+    setp.ne.s32 p, seen, 0;
+    @p bra there;
+look:
+    ld.ORDER.gpu.global.s32 seen, [$1];
+    setp.lt.s32 p, seen, $2;
+    @p bra look;
+there:
+    mov.s32 $0, 0;
+}"""
+LOOK_ACQUIRE = tl.constexpr(_LOOK.replace("ORDER", "acquire"))
+LOOK_RELAXED = tl.constexpr(_LOOK.replace("ORDER", "relaxed"))
+
+
 @triton.jit
 def _address(table_ptr, layer, PLACE: tl.constexpr, dtype: tl.constexpr):
     address = tl.load(table_ptr + layer * N_NAMES + PLACE)
@@ -32,26 +50,29 @@ def _address(table_ptr, layer, PLACE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _look(counter_ptr):
-    """A look at the counter that sees what all who counted had written before."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.s32 $0, [$1];",
-        "=r,l",
-        [counter_ptr.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _meet(counter_ptr, target, TOGETHER: tl.constexpr):
-    """Until all programs have come here, and what they wrote before can be seen."""
+def _arrive(counter_ptr, TOGETHER: tl.constexpr):
+    """What this program has written can be seen by whoever sees it counted."""
     if TOGETHER:
         tl.debug_barrier()
         tl.atomic_add(counter_ptr, 1, sem="release")
-        while _look(counter_ptr) < target:
-            pass
+
+
+@triton.jit
+def _wait(counter_ptr, target, TOGETHER: tl.constexpr, ACQUIRE: tl.constexpr):
+    """Until so many have arrived; one thread looks, a thousand would hold up those who count.
+
+    What others wrote is then read past this processor's own cache (".cg").
+    """
+    if TOGETHER:
+        tl.inline_asm_elementwise(
+            LOOK_ACQUIRE if ACQUIRE else LOOK_RELAXED,
+            "=r,l,r",
+            [counter_ptr.to(tl.int64), target],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -122,7 +143,7 @@ def _input(
         first, last, steps = _whole(x, more)
     else:
         at = tl.arange(0, BLOCK_W * PER_WORD)
-        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0, cache_modifier=".cg").to(tl.float32)
         squares = x * x
         if HAS_NORM:
             gain = tl.load(gain_ptr + at, mask=at < D, other=0.0).to(tl.float32)
@@ -266,6 +287,8 @@ def whole_token_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HARDWARE: tl.constexpr,
+    EARLY: tl.constexpr,
+    ACQUIRE: tl.constexpr,
 ):
     """See `whole_token`. BLOCK_OF_…: rows of a block of weights that read so many numbers."""
     p = tl.program_id(0)
@@ -291,6 +314,9 @@ def whole_token_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     target = 0
     position = tl.load(position_ptr).to(tl.int32)
+    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), PARTS) * BLOCK_S
+    start = p % PARTS * per_part
+    past = tl.minimum(start + per_part, position)
     qkv = _address(table_ptr, first_layer, 1, tl.int32)
     block = _block(
         *(qkv, 0, p, True, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
@@ -325,33 +351,56 @@ def whole_token_kernel(
                 *(p, PROGRAMS, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, QKV_BLOCKS),
                 *(STORED, HARDWARE, "", True, QKV_BIAS, False),
             )
-            out_block = _block(
-                *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
-                *(STORED, False),
-            )
+            if TOGETHER and EARLY:
+                out_block = _block(
+                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
             _finish(
                 *(gates, others, row, _rows_of(QKV_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
                 *(qkv_scale, qkv_bias, x_ptr, qkv_ptr),
                 *(QKV, STORED, HARDWARE, "", QKV_BIAS, False),
             )
+            _arrive(counter_ptr, TOGETHER)
+            if TOGETHER and not EARLY:
+                out_block = _block(
+                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
+            if TOGETHER and p < KV_HEADS * PARTS:  # its part of the past
+                s = start + tl.arange(0, BLOCK_S)
+                LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
+                at = _slots(pages_ptr, s, past, PAGE)[:, None] * (KV_HEADS * K) + p // PARTS * K
+                at += LINE * tl.arange(0, max(BLOCK_K // LINE, 1))[None, :]
+                ask_ahead(keys + at)
+                ask_ahead(values + at)
             target += PROGRAMS
-            _meet(counter_ptr, target, TOGETHER)
+            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
 
         if PHASE == ALL or PHASE == 1:
             if p < KV_HEADS * PARTS:
-                part = p % PARTS
-                per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), PARTS) * BLOCK_S
-                start = part * per_part
                 attend(
                     *(qkv_ptr, qkv_ptr + H * K, qkv_ptr + (H + KV_HEADS) * K, keys, values),
                     *(pages_ptr, part_ptr, log_sum_ptr, mixed_ptr, tickets_ptr, cos, sin),
                     *(query_gain, key_gain, 0, 0, 0, K**-0.5, eps, position),
-                    *(start, tl.minimum(start + per_part, position)),
-                    *(0, p // PARTS, part, KV_HEADS, PARTS, True, QK_NORM, PARTS > 1, PARTS),
+                    *(
+                        start,
+                        past,
+                        0,
+                        p // PARTS,
+                        p % PARTS,
+                        KV_HEADS,
+                        PARTS,
+                        True,
+                        QK_NORM,
+                        PARTS > 1,
+                        PARTS,
+                    ),
                     *(K, H // KV_HEADS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, 2),
                 )
+            _arrive(counter_ptr, TOGETHER)
             target += PROGRAMS
-            _meet(counter_ptr, target, TOGETHER)
+            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
 
         if PHASE == ALL or PHASE == 2:
             if PHASE != ALL:
@@ -364,17 +413,24 @@ def whole_token_kernel(
                 *(p, PROGRAMS, D, A_WORDS, BLOCK_OF_A, A_WIDE, OUT_BLOCKS),
                 *(STORED, HARDWARE, "", False, OUT_BIAS, True),
             )
-            up_block = _block(
-                *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                *(STORED, GATED),
-            )
+            if TOGETHER and EARLY:
+                up_block = _block(
+                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                    *(STORED, GATED),
+                )
             _finish(
                 *(gates, others, row, _rows_of(OUT_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_A)),
                 *(out_scale, out_bias, x_ptr, other_ptr),
                 *(D, STORED, HARDWARE, "", OUT_BIAS, True),
             )
+            _arrive(counter_ptr, TOGETHER)
+            if TOGETHER and not EARLY:
+                up_block = _block(
+                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                    *(STORED, GATED),
+                )
             target += PROGRAMS
-            _meet(counter_ptr, target, TOGETHER)
+            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
 
         if PHASE == ALL or PHASE == 3:
             if PHASE != ALL:
@@ -387,17 +443,24 @@ def whole_token_kernel(
                 *(p, PROGRAMS, F, D_WORDS, BLOCK_OF_D, D_WIDE, UP_BLOCKS),
                 *(STORED, HARDWARE, ACTIVATION, True, UP_BIAS, False),
             )
-            down_block = _block(
-                *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
-                *(STORED, False),
-            )
+            if TOGETHER and EARLY:
+                down_block = _block(
+                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
             _finish(
                 *(gates, others, row, _rows_of(UP_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
                 *(up_scale, up_bias, x_ptr, hidden_ptr),
                 *(F, STORED, HARDWARE, ACTIVATION, UP_BIAS, False),
             )
+            _arrive(counter_ptr, TOGETHER)
+            if TOGETHER and not EARLY:
+                down_block = _block(
+                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
             target += PROGRAMS
-            _meet(counter_ptr, target, TOGETHER)
+            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
 
         if PHASE == ALL or PHASE == 4:
             if PHASE != ALL:
@@ -410,8 +473,8 @@ def whole_token_kernel(
                 *(other_ptr, x_ptr, p, PROGRAMS, D, F_WORDS, BLOCK_OF_F, F_WIDE, DOWN_BLOCKS),
                 *(STORED, HARDWARE, "", False, DOWN_BIAS, True),
             )
-            if PHASE == ALL:
-                more = layer + 1 < last_layer
+            more = layer + 1 < last_layer
+            if TOGETHER and EARLY:
                 block = _block(
                     *(next_qkv, 0, p, more, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
                     *(STORED, False),
@@ -421,8 +484,14 @@ def whole_token_kernel(
                 *(down_scale, down_bias, other_ptr, x_ptr),
                 *(D, STORED, HARDWARE, "", DOWN_BIAS, True),
             )
+            _arrive(counter_ptr, TOGETHER)
+            if TOGETHER and not EARLY:
+                block = _block(
+                    *(next_qkv, 0, p, more, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+                    *(STORED, False),
+                )
             target += PROGRAMS
-            _meet(counter_ptr, target, TOGETHER)
+            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
 
     if PHASE == ALL or PHASE == 5:
         head_block = _block(
