@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from pyper.checkpoint import load_checkpoint
-from pyper.errors import InterruptedRun, NonFiniteError
+from pyper.config import DataConfig, ExpertConfig, RunConfig, TrainConfig
+from pyper.errors import ConfigError, InterruptedRun, NonFiniteError
 from pyper.stages import together
 from pyper.stages.assign import assign
 from pyper.stages.context import Context
 from pyper.stages.pipeline import run_pipeline, train_missing, train_only
-from pyper.stages.together import pays_together, train_together
+from pyper.stages.together import is_small, pays_together, train_together
 from pyper.stages.train import Unit, finished_result
 from pyper.train.metrics import read_metrics
 
@@ -115,8 +116,26 @@ def test_the_error_of_one_stops_the_others_and_is_the_one_raised(
     assert finished_result(context.folder.expert(0)) is None
 
 
+@pytest.mark.parametrize("setting", ["model.kind=sparse", "train.precision=fp8"])
+def test_what_cannot_be_trained_together_is_refused_where_it_is_asked_for(
+    setting: str, open_new: Open
+) -> None:
+    with pytest.raises(ConfigError, match="parallel_experts"):
+        open_new("asked", AT_ONCE, setting)
+
+
 def test_routed_experts_are_not_trained_together(open_new: Open) -> None:
-    assert not pays_together(open_new("routed", AT_ONCE, "model.kind=sparse"), 2)
+    assert not pays_together(open_new("routed", "model.kind=sparse"), 2)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "rows", "small"), [(256, 16, True), (256, 256, False), (512, 16, False)]
+)
+def test_experts_are_small_by_what_a_step_has_to_do(d_model: int, rows: int, small: bool) -> None:
+    model = ExpertConfig(d_model=d_model, n_layers=4, n_heads=4, vocab_size=8192)
+    train = TrainConfig(steps=1, global_batch_tokens=2**18, micro_batch_size=rows)
+    run = RunConfig(model=model, data=DataConfig(seq_len=1024), train=train)
+    assert is_small(run) == small
 
 
 def test_on_a_cpu_experts_are_not_trained_together_unless_asked_to(open_new: Open) -> None:

@@ -28,8 +28,8 @@ class RunSection(Section):
     jobs: int = Field(default=1, ge=1, le=256)
     """Experts (and the control) trained at the same time, each in a process of its own."""
     parallel_experts: bool | Literal["auto"] = "auto"
-    """Take the steps of all dense ones at once, in batched products of one process; `auto`: on a
-    GPU, where experts are small. Same results but for rounding."""
+    """Take the steps of all at once, in batched products of one process; `auto`: on a GPU, where
+    experts are dense, small and not in fp8. Same results but for rounding."""
 
 
 class TrackConfig(Section):
@@ -124,6 +124,22 @@ class RunConfig(Section):
                 f'`kind = "{self.model.kind}"` has a dense control, which cannot branch from a '
                 "sparse seed",
                 hint="set `train.seed_fraction = 0`: both are then trained from scratch",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_side_by_side(self) -> "RunConfig":
+        if self.run.parallel_experts is not True:
+            return self
+        given = ""
+        if self.model.kind != "dense":
+            given = f'`model.kind = "{self.model.kind}"`'
+        elif self.train.precision == "fp8":
+            given = '`train.precision = "fp8"`'
+        if given:
+            raise ConfigError(
+                f"`run.parallel_experts` is for dense experts in 16 or 32 bits, not for {given}",
+                hint='leave it at "auto"; `run.jobs` trains several in processes of their own',
             )
         return self
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 # What has been tested in Triton's interpreter and on CPUs, but not in every part on a GPU, runs
-# there only where it is asked for: experts side by side, heads with QK-norm in one pass.
+# there only where it is asked for.
 ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)

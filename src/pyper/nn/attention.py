@@ -91,7 +91,7 @@ class Attention(nn.Module):
     def runs_as_one(self, x: Tensor) -> bool:
         """Whether training on x normalises and turns heads in one pass each way, by kernels."""
         plain = type(self.qkv) is nn.Linear and self.rotates
-        known = self.q_norm is None or (self.by_head and launch.ON_TRIAL)
+        known = self.q_norm is None or self.by_head
         return self.training and plain and known and launch.runs_triton(x)
 
     def runs_as_one_in_fp8(self, x: Tensor) -> bool:

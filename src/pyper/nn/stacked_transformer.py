@@ -115,7 +115,7 @@ def _attention(
 
 def _runs_as_one(x: Tensor, config: ExpertConfig, rotates: bool) -> bool:
     by_head = config.qk_norm_over == "head" or not config.qk_norm
-    return rotates and by_head and launch.ON_TRIAL and launch.runs_triton(x)
+    return rotates and by_head and launch.runs_triton(x)
 
 
 def _heads(

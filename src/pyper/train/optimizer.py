@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyper.config import TrainConfig
 from pyper.errors import CheckpointError
 from pyper.kernels import AdamWSettings
+from pyper.kernels.launch import wide
 from pyper.nn import Transformer
 from pyper.train.adamw import AdamW
 from pyper.train.muon import Muon, step_together
@@ -46,7 +47,8 @@ class ExpertOptimizer:
     def clip_gradients(self, scale: Tensor | float = 1.0) -> Tensor:
         """Have the update multiply gradients by `scale` and clip them.
 
-        Returns the norm of the scaled gradients before clipping, float32; no gradient is touched.
+        Returns the norm of the scaled gradients before clipping, in float32 at least; no gradient
+        is touched.
         """
         norm = self._norm() * scale
         self._factor = self._as_they_are * scale
@@ -105,7 +107,7 @@ class ExpertOptimizer:
         grads = [grad for weight in self._weights if (grad := weight.grad) is not None]
         if not grads:
             return torch.zeros_like(self._as_they_are)
-        norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
+        norms = torch._foreach_norm(grads, 2.0, dtype=wide(grads[0].dtype))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pyper.data import Batch
 from pyper.errors import PyperError
-from pyper.kernels.launch import ON_TRIAL
 from pyper.nn import Transformer
 from pyper.nn.stacked_transformer import StackedTransformer
 from pyper.train.loss import loss_of_states
@@ -32,8 +31,7 @@ class StackedStep:
         self.models, self.optimizers = list(models), list(optimizers)
         self._stack = StackedTransformer(models)
         self._device = models[0].device
-        # On trial: with Muon, two of its tests on a GPU still fail.
-        self._can_record = ON_TRIAL and self._device.type == "cuda"
+        self._can_record = self._device.type == "cuda"
         self._recording: Recording[Tensor] | None = None
         self._usual_steps, self._seconds = 0, 0.0
 
