@@ -8,25 +8,25 @@ are read cold, as in decoding: copies beyond the cache take turns inside one rec
 share is the weights' bytes a second of what the card copies a second. "apart": each kernel waits
 for the one before it, instead of beginning early. "layer": the four one after another, as decoding
 calls them, without attention. `--sweep` tries block shapes (built in parallel first) and prints the
-best of each product. Without a GPU: tiny shapes, to see that it runs.
+best of each product, and the ways of whole layers. Several rows go through the kernel on trial
+unless PYPER_GPU_TRIAL=0; the sweep tries both. Without a GPU: tiny shapes, to see that it runs.
 """
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import get_context
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from _record import add_json_option, write_record
 from _thin_products import (
     GPU,
     PRODUCTS,
+    Layer,
     as_decoding,
     inputs,
     layer_as_decoding,
@@ -34,14 +34,16 @@ from _thin_products import (
     torch_layer,
     weights,
 )
+from _thin_ways import WAYS, Way, blocks, changed, computed
 from _timing import as_graph, copied_bytes_per_second, median_ms
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyper.kernels import ThinWeight, launch, row_linear, thin_linear, thin_linear_torch
+from pyper.kernels import ThinWeight, thin_linear_torch
 from pyper.kernels.launch import block_of
 from pyper.kernels.thin_linear import Blocks
+from pyper.kernels.thin_streams import DEPTH, stages_of
 from pyper.stages.context import available_cores
 
 STORED = ("bf16", "int8", "fp8")
@@ -52,17 +54,14 @@ SWEEP_ONE = ((1, 2, 4, 8), (256, 512), (1, 2, 4), (True,), (False, True))
 """Of one row: as `RowBlocks`."""
 SWEEP_INT8 = ((4, 8, 16), (256, 512, 1024, 2048), (1, 2, 4, 8, 16), (False,), (False, True))
 SWEEP_FEW = (
-    *((64, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 3), (128, 5))),
-    *((128, inputs, stages, 4) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
-    *((128, inputs, stages, 8) for inputs, stages in ((64, 4), (64, 6), (128, 4))),
-    *((outputs, 256, 4, 4) for outputs in (16, 32)),
+    *((64, inputs, stages, 4) for inputs, stages in ((64, 6), (128, 3), (128, 5))),
+    *((128, inputs, stages, 4) for inputs, stages in ((64, 4), (128, 3))),
+    (128, 64, 6, 8),
 )
 """Of several: outputs and inputs of a block, stages, warps; and how many programs share inputs."""
-SWEEP_STREAMS = ((64, 64, 4, 4), (128, 64, 4, 4))
-"""Of the kernel on trial (PYPER_GPU_TRIAL=1), which chooses its own stages."""
+SWEEP_STREAMS = ((64, 2, 4), (64, 1, 4), (128, 2, 4), (128, 1, 8))
+"""Of the kernel on trial: outputs, programs on a processor, warps."""
 SWEEP_SPLITS = (1, 2, 4, 8)
-SWEEP_LINES = (4, 8, 16, 32)
-"""Of each weight row, asked for ahead; tried in whole layers."""
 LAYER_OF_ONE: dict[str, dict[str, Any]] = {
     "early": {"early": True},
     "evicted": {"eviction": "evict_first"},
@@ -101,7 +100,7 @@ def check(x: Tensor, weight: ThinWeight, options: dict[str, Any]) -> None:
 
 def sweep(
     x: Tensor, copies: list[ThinWeight], options: dict[str, Any]
-) -> list[tuple[float, tuple[int, ...]]]:
+) -> list[tuple[float, tuple[Any, ...]]]:
     """Microseconds of every block shape that builds, best first."""
     found, kernel = [], as_decoding(x, options)
     for shape in shapes(len(x), copies[0]):
@@ -114,15 +113,20 @@ def sweep(
     return sorted(found)
 
 
-def shapes(batch: int, weight: ThinWeight) -> list[tuple[int, ...]]:
+def shapes(batch: int, weight: ThinWeight) -> list[tuple[Any, ...]]:
     if batch == 1:
         return shapes_of_one(weight)
-    found: list[tuple[int, ...]] = []
-    few = SWEEP_STREAMS if launch.ON_TRIAL else SWEEP_FEW
-    for (outputs, depth, stages, warps), splits in itertools.product(few, SWEEP_SPLITS):
+    block_b = max(block_of(batch, 64), 16)
+    streams = (
+        (outputs, DEPTH, stages_of(outputs, block_b, programs), warps, True)
+        for outputs, programs, warps in SWEEP_STREAMS
+    )
+    found: list[tuple[Any, ...]] = []
+    every = [*((*few, False) for few in SWEEP_FEW), *streams]
+    for (outputs, depth, stages, warps, by), splits in itertools.product(every, SWEEP_SPLITS):
         programs = len(weight.weight) // outputs * splits
         if splits == 1 or 64 <= programs <= 300:  # neither idle processors nor two rounds
-            found.append(Blocks(outputs, depth, splits, stages, warps))
+            found.append(Blocks(outputs, depth, splits, stages, warps, by))
     return found
 
 
@@ -139,31 +143,14 @@ def shapes_of_one(weight: ThinWeight) -> list[tuple[int, ...]]:
     return found
 
 
-def few_rows() -> ModuleType:
-    return sys.modules[thin_linear.__module__]
-
-
-@contextmanager
-def asked_ahead(lines: int) -> Iterator[None]:
-    with mock.patch.object(few_rows(), "MOST_LINES", lines):
-        yield
-
-
-@contextmanager
-def blocks(batch: int, shape: tuple[int, ...]) -> Iterator[None]:
-    """Kernels in this block shape."""
-    module = row_linear if batch == 1 else few_rows()
-    with mock.patch.object(module, "_blocks", return_value=shape):
-        yield
-
-
 def build(job: tuple[str, int, int, str, int]) -> None:
     """Run some shapes once, so that they are in Triton's cache; it is what takes the time."""
     name, batch, width, stored, part = job
     if name == "layer":
-        with asked_ahead(SWEEP_LINES[part]), suppress(Exception):
-            x, layer = inputs(batch, width, width, {})[0], layers(width, stored, 0)[0]
-            layer_as_decoding(x)(x, layer)
+        x, layer = inputs(batch, width, width, {})[0], layers(width, stored, 0)[0]
+        for way in [*WAYS.values()][part::PARTS]:
+            with computed(way), suppress(Exception):
+                layer_as_decoding(x)(x, layer)
         return
     n_out, n_in, around = PRODUCTS[name]
     x, options = inputs(batch, n_out * width, n_in * width, around)
@@ -208,13 +195,19 @@ def row_of(
     return row
 
 
-@contextmanager
-def changed(**changes: Any) -> Iterator[None]:
-    """Kernels of one row in their usual blocks, but for `changes`."""
-    usual = row_linear._blocks
-    other = mock.Mock(side_effect=lambda *shape: usual(*shape)._replace(**changes))
-    with mock.patch.object(row_linear, "_blocks", other):
-        yield
+def microseconds_of_way(way: Way, x: Tensor, copies: list[Layer]) -> float:
+    """Of a layer; not a number where it does not run, or not by the kernel that it should."""
+    kernels, n_streamed = layer_as_decoding(x), 4 * way.trial * GPU
+    try:
+        with computed(way) as counted:
+            ours, reference = kernels(x, copies[0]).float(), torch_layer(x, copies[0]).float()
+            assert counted.call_count == n_streamed, counted.call_count
+            off = ((ours - reference).norm() / reference.norm()).item()
+            assert off < 0.03, off
+            return microseconds(kernels, x, copies, {})
+    except Exception as error:
+        print(way, repr(error)[:200])
+        return math.nan
 
 
 @torch.no_grad()
@@ -230,9 +223,8 @@ def row_of_layer(
             row["torch"] = microseconds(torch_layer, x, copies, {})
         row[stored] = microseconds(layer_as_decoding(x), x, copies, {})
         row[f"{stored} share"] = nbytes / (row[stored] / 1e6) / bandwidth
-        for lines in SWEEP_LINES if args.sweep and batch > 1 else ():
-            with asked_ahead(lines):
-                row[f"{stored} {lines} lines"] = microseconds(layer_as_decoding(x), x, copies, {})
+        for name, way in WAYS.items() if args.sweep and batch > 1 else ():
+            row[f"{stored} {name}"] = microseconds_of_way(way, x, copies)
         if args.sweep and batch == 1:
             for name, changes in LAYER_OF_ONE.items():
                 with changed(**changes):

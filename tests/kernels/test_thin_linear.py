@@ -158,7 +158,7 @@ def test_parts_of_the_inputs_add_up(
 
 @needs_triton
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 300, 48), (17, 96, 130), (64, 520, 200)])
+@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 300, 48), (17, 96, 130), (64, 1040, 200)])
 @pytest.mark.parametrize("split", [False, True])
 def test_a_product_prepares_the_next_ones_norm(
     shape: tuple[int, int, int], stored: torch.dtype, split: bool

@@ -47,6 +47,7 @@ def language(n_blocks: int) -> dict[str, Any]:
     gl.program_id = lambda axis: (program(0) % n_blocks, program(0) // n_blocks)[axis]
     gl.thread_barrier = lambda: None  # one thread is the whole group
     gl.BlockedLayout = lambda *given: None
+    gl.num_warps = lambda: 4
     gl.rsqrt = lambda x: Value(x.data.rsqrt())
     gl.load = load
 
@@ -110,11 +111,12 @@ def launched(
     B: int,
     eps: float,
     constants: dict[str, Any],
-    options: dict[str, bool],
+    options: dict[str, Any],
 ) -> None:
     assert given[0] is not None
     tiles = Padded(x, (constants["BLOCK_B"], 64)), Padded(given[0], (constants["BLOCK_N"], 64))
     around = [None if t is None else Pointer(t) for t in given]
+    constants["OVERLAP"] = True
     kernel = language(grid[0])["thin_streams"]
     run(kernel, grid[0] * grid[1], *tiles, *around, B, eps, **constants)
 
@@ -140,7 +142,7 @@ needs_emulation = pytest.mark.skipif(DEVICE != "cpu", reason="there the kernel i
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_does_what_a_loop_does(shape: tuple[int, int, int], splits: int) -> None:
-    (B, D, N), tickets, blocks = shape, tickets_of(), Blocks(64, 64, splits, 3, 4)
+    (B, D, N), tickets, blocks = shape, tickets_of(), Blocks(64, 64, splits, 3, 4, True)
     x, residual = random(B, D, dtype=BF16), random(B, N, seed=4, dtype=BF16)
     first = ThinWeight(random(N, D, seed=1, dtype=BF16))
     second = ThinWeight(random(128, N, seed=2, dtype=BF16), bias=random(128, seed=3, dtype=BF16))
@@ -180,12 +182,12 @@ from pyper.kernels import thin_streams, thin_streams_kernel as kernels
 def described(rows):
     return f"tensordesc<bf16[{rows}, 64],{kernels.TILE_LAYOUT!r}>"
 
-def build(N, D, block_b, block_n, splits, before):
+def build(N, D, block_b, block_n, splits, before, warps=4, programs=2):
     constants = dict(N=N, D=D, ACTIVATION="gelu" if before else "", N_SQUARES=32 if before else 0,
                      SQUARES=32, HAS_BIAS=False, HAS_RESIDUAL=not before, HAS_NEXT=not before,
                      N_SPLITS=splits, BLOCK_B=block_b, BLOCK_N=block_n,
-                     STAGES=thin_streams.stages_of(block_n, block_b), LINES=8, OVERLAP=True,
-                     bias_ptr=None)
+                     STAGES=thin_streams.stages_of(block_n, block_b, programs), LINES=8,
+                     WARM=True, OVERLAP=True, bias_ptr=None)
     constants |= dict(residual_ptr=None, next_gain_ptr=None) if before else dict(squares_ptr=None)
     types = {"x_tiles": described(block_b), "weight_tiles": described(block_n), "B": "i32"}
     types |= {"eps": "fp32", "squares_ptr": "*fp32", "next_squares_ptr": "*fp32"}
@@ -194,7 +196,7 @@ def build(N, D, block_b, block_n, splits, before):
     signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = GluonASTSource(kernels.thin_streams, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 def spilled(ptx):
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
@@ -206,14 +208,19 @@ def spilled(ptx):
     return [int(n) for n in re.findall(r"(\\d+) bytes spill", said)]
 
 for block_b in 16, 32, 64:
-    for case in (8192, 2048, block_b, 64, 1, True), (2048, 8192, block_b, 64, 4, False), (
-        32768, 2048, block_b, 128, 1, True):
+    for case in (
+        (8192, 2048, block_b, 64, 1, True),
+        (2048, 8192, block_b, 64, 4, False, 4, 1),  # one program on a processor
+        (32768, 2048, block_b, 128, 1, True),
+        (8192, 2048, block_b, 128, 2, True, 8, 1),
+    ):
         built = build(*case)
         ptx = built.asm["ptx"]
         before, after = ptx.split("griddepcontrol.wait")
         assert "cp.async.bulk.tensor" in before and "cp.async.bulk.tensor" in after
         assert "wgmma.mma_async" in after
-        assert built.metadata.shared <= 115_700  # the next kernel's programs fit beside
+        # the next kernel's programs fit beside
+        assert built.metadata.shared <= (115_700 if case[-1] is True else 232_448)
         assert spilled(ptx) == [0, 0], case
 """
 

@@ -24,7 +24,7 @@ from pyper.kernels.activation import activate
 from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
 from pyper.kernels.row_linear import linear_of_row, takes
-from pyper.kernels.thin_streams import fits, streamed_linear
+from pyper.kernels.thin_streams import DEPTH, fits, stages_of, streamed_linear
 
 if launch.HAS_TRITON:
     from pyper.kernels.thin_linear_kernel import thin_linear_block
@@ -33,10 +33,12 @@ MOST_ROWS = 64
 """With more, the product is bound by arithmetic, and a library's is faster."""
 TICKETS = 256
 """As many blocks of outputs may be put together of parts."""
-MOST_LINES = 16
+MOST_LINES = 8
 """Of 128 bytes, of each weight row, are asked for before there is a use for them."""
 _PROGRAMS = 96
-"""Each of a large GPU's processors should have a program, or nearly."""
+"""Each of a large GPU's processors should have a program, or nearly; two where rows are few."""
+_LEAST_PART = 512
+"""Inputs; less are read faster than parts of them are joined."""
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,11 @@ def _thin_linear_op(
         rows = n_blocks * blocks.outputs * (2 if activation == "swiglu" else 1)
         part = x.new_empty(blocks.splits, rows, block_b, dtype=torch.float32)
     lines = _ahead(D // blocks.splits * weight.element_size())
-    if not inner_norm and fits(x, weight, blocks.outputs, blocks.splits, activation):
+    if blocks.streams:
         streamed_linear(
             *(x, weight, bias, squares, eps, activation, residual, next_gain),
-            *((out, scaled, out_squares), part, tickets, blocks.outputs, blocks.splits, lines),
-            overlap,
+            *((out, scaled, out_squares), part, tickets, blocks.outputs, blocks.splits),
+            *(blocks.stages, lines, blocks.warps, overlap),
         )
         return out, scaled, out_squares
     thin_linear_block[(n_blocks, blocks.splits)](
@@ -245,33 +247,43 @@ class Blocks(NamedTuple):
     """Programs that share the inputs of a block of outputs."""
     stages: int
     warps: int
+    streams: bool = False
+    """By the kernel on trial, where it fits; its steps are of DEPTH inputs."""
 
 
 def _blocks_of(x: Tensor, weight: Tensor, activation: str, alone: bool) -> Blocks:
     """alone: every program must see all inputs."""
     (B, D), N = x.shape, _width_of(weight, activation)
-    blocks = _blocks(N, B, alone)
+    blocks = _blocks(N, D, B, alone)
     width = min(blocks.inputs, max(block_of(D, 1 << 20), 16))
     # An input's part is a block at least.
     splits = min(blocks.splits, -(-D // width)) if -(-N // blocks.outputs) <= TICKETS else 1
-    return blocks._replace(inputs=width, splits=1 if alone else splits)
+    blocks = blocks._replace(inputs=width, splits=1 if alone else splits)
+    streams = blocks.streams and not alone
+    streams = streams and fits(x, weight, blocks.outputs, blocks.splits, activation)
+    return blocks._replace(streams=streams)
 
 
-def _blocks(n_outputs: int, n_rows: int, alone: bool) -> Blocks:
+def _blocks(n_outputs: int, n_inputs: int, n_rows: int, alone: bool) -> Blocks:
     """Each of a large GPU's processors should have a program, and room for one of the next kernel.
 
-    Of its 227 kB of shared memory, a program fills 100 with what is on its way.
+    Of its 227 kB of shared memory, a program fills 100 with what is on its way. Few rows are not
+    worth a pause: with two programs, a processor reads on while one of them joins its parts.
     """
     few = n_rows <= 16
     if alone:
         if n_outputs <= 4096:
             return Blocks(16, 256, 1, 4, 4)
         return Blocks(64, 256, 1, 4 if few else 3, 4)
-    if n_outputs >= 16384 and not few:  # rows are read by half as many programs
+    if n_outputs >= 16384 and not few and not launch.ON_TRIAL:  # half as many programs read rows
         return Blocks(128, 64, 1, 4, 4)
-    splits = block_of(-(-_PROGRAMS // -(-n_outputs // 64)), 8)
-    stages = 100 * 1024 // ((64 + max(block_of(n_rows, MOST_ROWS), 16)) * 128 * 2)
-    return Blocks(64, 128, splits, stages, 4)
+    block_b = max(block_of(n_rows, MOST_ROWS), 16)
+    programs = 2 * _PROGRAMS if few else _PROGRAMS
+    splits = block_of(-(-programs // -(-n_outputs // 64)), 8)
+    splits = min(splits, 1 << max(n_inputs // _LEAST_PART, 1).bit_length() >> 1)
+    if launch.ON_TRIAL:
+        return Blocks(64, DEPTH, splits, stages_of(64, block_b), 4, streams=True)
+    return Blocks(64, 128, splits, 100 * 1024 // ((64 + block_b) * 128 * 2), 4)
 
 
 def _outputs(

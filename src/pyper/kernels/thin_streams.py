@@ -15,11 +15,13 @@ if launch.HAS_TRITON:
 
 DEPTH = 64
 """Inputs of a step."""
+WARM = True
+"""Rows are sent for twice: at first, to have the copy engine read how they lie."""
 
 
 def fits(x: Tensor, weight: Tensor, outputs: int, splits: int, activation: str) -> bool:
     """Whether blocks of so many outputs are whole, and so are the steps of each part."""
-    if not launch.ON_TRIAL or activation == "swiglu" or len(x) == 1:
+    if activation == "swiglu" or len(x) == 1:
         return False
     if weight.dtype != torch.bfloat16 or any(t.data_ptr() % 16 for t in (x, weight)):
         return False
@@ -50,13 +52,14 @@ def streamed_linear(
     tickets: Tensor | None,
     outputs: int,
     splits: int,
+    stages: int,
     lines: int,
+    warps: int,
     overlap: bool,
 ) -> None:
     """Writes results (out, out · next_gain, squares of out); of `thin_linear`, where it `fits`."""
     (N, D), B = weight.shape, len(x)
     block_b = max(block_of(B, 64), 16)
-    stages = stages_of(outputs, block_b)
     lines = min(lines, max(D // (DEPTH * splits) - stages, 0))
     lines = 1 << lines.bit_length() >> 1
     n_squares = 0 if squares is None else len(squares)
@@ -64,15 +67,16 @@ def streamed_linear(
     constants |= {"SQUARES": block_of(max(n_squares, 1), 1 << 20), "HAS_BIAS": bias is not None}
     constants |= {"HAS_RESIDUAL": residual is not None, "HAS_NEXT": next_gain is not None}
     constants |= {"N_SPLITS": splits, "BLOCK_B": block_b, "BLOCK_N": outputs}
-    constants |= {"STAGES": stages, "LINES": lines}
+    constants |= {"STAGES": stages, "LINES": lines, "WARM": WARM}
     out, scaled, out_squares = results
     given = (weight, squares, bias, residual, out, next_gain, scaled, out_squares, part, tickets)
-    _launch((N // outputs, splits), x, given, B, eps, constants, overlap_options(overlap, x.device))
+    options = {"num_warps": warps} | overlap_options(overlap, x.device)
+    _launch((N // outputs, splits), x, given, B, eps, constants, options)
 
 
-def stages_of(outputs: int, block_b: int) -> int:
-    """Steps on their way: so many that the programs of two kernels have room."""
-    return 112 * 1024 // ((outputs + block_b) * 2 * DEPTH)
+def stages_of(outputs: int, block_b: int, programs: int = 2) -> int:
+    """Steps on their way: so many that so many programs have room on a processor."""
+    return 224 // programs * 1024 // ((outputs + block_b) * 2 * DEPTH)
 
 
 def _launch(
@@ -82,7 +86,7 @@ def _launch(
     B: int,
     eps: float,
     constants: dict[str, Any],
-    options: dict[str, bool],
+    options: dict[str, Any],
 ) -> None:
     from pyper.kernels.thin_streams_kernel import TILE_LAYOUT, thin_streams
 
@@ -91,7 +95,7 @@ def _launch(
         _tiles(t, constants[block], TILE_LAYOUT)
         for t, block in ((x, "BLOCK_B"), (given[0], "BLOCK_N"))
     ]
-    thin_streams[grid](*tiles, *given, B, eps, **constants, num_warps=4, **options)
+    thin_streams[grid](*tiles, *given, B, eps, **constants, **options)
 
 
 def _tiles(x: Tensor, rows: int, layout: Any) -> Any:

@@ -53,16 +53,19 @@ def thin_streams(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     LINES: gl.constexpr,
+    WARM: gl.constexpr,
     OVERLAP: gl.constexpr = False,
 ):
     """As `thin_linear_block`, of whole blocks: D = 64 · N_SPLITS · steps, N of BLOCK_N.
 
     STAGES: steps that are on their way; LINES: those of the weight that come near behind them.
-    SQUARES: the power of two that holds N_SQUARES.
+    SQUARES: the power of two that holds N_SQUARES. WARM: the engine reads how x lies before it may
+    read x. Warps are four, or eight for 128 outputs.
     """
     STEPS: gl.constexpr = D // (DEPTH * N_SPLITS)
+    WARPS: gl.constexpr = gl.num_warps()
     # Outputs side by side in a thread: eight of bf16 are one store.
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
     row = gl.program_id(0) * BLOCK_N
     first = gl.program_id(1) * (STEPS * DEPTH)
     n = row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
@@ -70,8 +73,8 @@ def thin_streams(
     BYTES: gl.constexpr = (BLOCK_N + BLOCK_B) * DEPTH * 2
     weights = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, DEPTH], TILE_LAYOUT)
     rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_B, DEPTH], TILE_LAYOUT)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES + 1):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
@@ -81,17 +84,25 @@ def thin_streams(
         mbarrier.expect(bar, BYTES, pred=k < STEPS)
         at = [row, first + k * DEPTH]
         tma.async_copy_global_to_shared(weight_tiles, at, bar, weights.index(k), pred=k < STEPS)
+    # Others may be writing x: what comes now is not used.
+    WARMS: gl.constexpr = WARM and OVERLAP
+    mbarrier.expect(ready.index(STAGES), BLOCK_B * DEPTH * 2, pred=WARMS)
+    tma.async_copy_global_to_shared(
+        x_tiles, [0, first], ready.index(STAGES), rows.index(0), pred=WARMS
+    )
     if LINES > 0:
-        NEAR: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
+        NEAR: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, WARPS // 2], [0, 1])
         line = gl.arange(0, LINES, gl.SliceLayout(0, NEAR))[None, :] * DEPTH
         line += (row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, NEAR)))[:, None] * D
         ask_ahead(weight_ptr + first + STAGES * DEPTH + line)
     wait_for_others(OVERLAP)
+    if WARMS:
+        mbarrier.wait(ready.index(STAGES), 0)
     for k in gl.static_range(STAGES):
         at = [0, first + k * DEPTH]
         tma.async_copy_global_to_shared(x_tiles, at, ready.index(k), rows.index(k), pred=k < STEPS)
     if N_SQUARES > 0:  # asked for here, used behind the loop
-        PARTS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        PARTS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
         part = gl.arange(0, SQUARES, gl.SliceLayout(1, PARTS))[:, None]
         text = gl.arange(0, BLOCK_B, gl.SliceLayout(0, PARTS))[None, :]
         known = (part < N_SQUARES) & (text < B)
@@ -99,7 +110,7 @@ def thin_streams(
     acc = gl.zeros(
         (BLOCK_N, BLOCK_B),
         gl.float32,
-        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 16]),
+        gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_B, 16]),
     )
     for k in range(STEPS):
         stage = k % STAGES
