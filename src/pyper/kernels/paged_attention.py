@@ -6,6 +6,7 @@ Queries and keys may come as the product wrote them: QK-norm and RoPE are done w
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,24 @@ def _turned_torch(x: Tensor, turn: Turn, positions: Tensor, which: int) -> Tenso
     return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
+class Parts(NamedTuple):
+    """What a program takes."""
+
+    n_parts: int
+    """Of a text and head."""
+    tokens: int
+    """At a time."""
+    stages: int
+    warps: int
+
+
+def _parts(n_heads: int, row_bytes: int) -> Parts:
+    """n_heads: of keys, in all texts. Blocks on their way fill a processor's memory twice."""
+    n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
+    # Short parts fill no long block.
+    return Parts(n_parts, 64 if n_parts == 1 and row_bytes <= 256 else 32, 3, 4)
+
+
 @torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values", "tickets"))
 def _paged_attention_op(
     query: Tensor,
@@ -135,14 +154,12 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    n_parts = block_of(max(_PROGRAMS // (B * n_kv_heads), 1), _MOST_PARTS)
+    n_parts, tokens, stages, warps = _parts(B * n_kv_heads, width * query.element_size())
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
     log_sum = query.new_empty(shape, dtype=torch.float32)
     options = overlap_options(overlap, query.device)
-    # Blocks on their way fill a processor's shared memory twice; short parts fill no long block.
-    tokens = 64 if n_parts == 1 and width * query.element_size() <= 256 else 32
     attend_part[(B, n_kv_heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum, out, tickets),
         *(cos, sin, query_gain, key_gain),
@@ -157,9 +174,9 @@ def _paged_attention_op(
         BLOCK_G=max(block_of(groups, 1 << 20), 16),
         BLOCK_S=tokens,
         BLOCK_K=max(width, 16),
-        STAGES=3,
-        num_warps=4,
-        num_stages=3,
+        STAGES=stages,
+        num_warps=warps,
+        num_stages=stages,
         **options,
     )
     if n_parts > 1 and tickets is None:
