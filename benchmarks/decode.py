@@ -88,6 +88,10 @@ def expert(args: argparse.Namespace, seed: int = 0) -> Transformer:
     with torch.device(DEVICE):
         model = Transformer(shape_of(args)).to(torch.bfloat16 if GPU else torch.float32)
     init_weights(model, seed)
+    with torch.no_grad():  # some begin as zeros, which memory moves faster than numbers
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.02)
     return model.eval()
 
 

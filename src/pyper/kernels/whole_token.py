@@ -25,7 +25,6 @@ if launch.HAS_TRITON:
 # Bytes of weights that a program has under way, programs of a processor, warps of a program.
 _BLOCK_BYTES, _PER_PROCESSOR, _WARPS = 32_768, 2, 4
 _MOST_PARTS, _PART_TOKENS = 16, 32
-_EARLY, _ACQUIRE = False, False
 _N_PHASES = 6
 
 
@@ -141,8 +140,6 @@ class WholeToken:
             BLOCK_S=_PART_TOKENS,
             BLOCK_K=max(block_of(s.dim_per_head, 1 << 20), 16),
             HARDWARE=self._is_gpu and torch.version.hip is None,
-            EARLY=_EARLY,
-            ACQUIRE=_ACQUIRE,
             num_warps=_WARPS,
             num_stages=1,
             **({"launch_cooperative_grid": True} if self._is_gpu else {}),

@@ -8,9 +8,9 @@ a weight are dealt out in turn, so that every program has as many, but for one.
 import triton
 import triton.language as tl
 
+from pyper.kernels.activation import _value_and_slope
 from pyper.kernels.overlap import ask_ahead
 from pyper.kernels.paged_attention_kernel import _slots, attend
-from pyper.kernels.row_epilogue import store_finished
 from pyper.kernels.row_int8 import _eight, _whole
 from pyper.kernels.row_int8 import _times as _times_int8
 from pyper.kernels.row_linear import _times as _times_widened
@@ -26,21 +26,19 @@ N_NAMES = tl.constexpr(len(NAMES))
 ALL = tl.constexpr(-1)
 
 
-_LOOK = """{
+LOOK = tl.constexpr("""{
     .reg .pred p;
     .reg .s32 seen;
     mov.u32 seen, %tid.x;
     setp.ne.s32 p, seen, 0;
     @p bra there;
 look:
-    ld.ORDER.gpu.global.s32 seen, [$1];
+    ld.acquire.gpu.global.s32 seen, [$1];
     setp.lt.s32 p, seen, $2;
     @p bra look;
 there:
     mov.s32 $0, 0;
-}"""
-LOOK_ACQUIRE = tl.constexpr(_LOOK.replace("ORDER", "acquire"))
-LOOK_RELAXED = tl.constexpr(_LOOK.replace("ORDER", "relaxed"))
+}""")
 
 
 @triton.jit
@@ -58,14 +56,14 @@ def _arrive(counter_ptr, TOGETHER: tl.constexpr):
 
 
 @triton.jit
-def _wait(counter_ptr, target, TOGETHER: tl.constexpr, ACQUIRE: tl.constexpr):
+def _wait(counter_ptr, target, TOGETHER: tl.constexpr):
     """Until so many have arrived; one thread looks, a thousand would hold up those who count.
 
     What others wrote is then read past this processor's own cache (".cg").
     """
     if TOGETHER:
         tl.inline_asm_elementwise(
-            LOOK_ACQUIRE if ACQUIRE else LOOK_RELAXED,
+            LOOK,
             "=r,l,r",
             [counter_ptr.to(tl.int64), target],
             dtype=tl.int32,
@@ -83,6 +81,9 @@ def _rows_of(t, p, n_programs, BLOCK_N: tl.constexpr):
 @triton.jit
 def _block(
     words_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
     t,
     p,
     there,
@@ -93,10 +94,13 @@ def _block(
     PROGRAMS: tl.constexpr,
     STORED: tl.constexpr,
     GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """Block t of a program, of a weight and of SwiGLU's values, as words of four bytes.
+    """Block t of a program: its words of four bytes, scales, biases and residual.
 
-    Who has none reads the last rows again, which are near, and stores nothing.
+    Of SwiGLU the values' too. Who has none reads the last rows again, which are near, and stores
+    nothing.
     """
     place = tl.arange(0, BLOCK_N)
     if N % BLOCK_N:
@@ -114,10 +118,29 @@ def _block(
     words_ptr += row.to(tl.int64) * WORDS
     inside = there & (w < WORDS)
     gates = tl.load(words_ptr + at, mask=inside, other=0)
-    values = gates
+    n = row + place
+    behind = _behind(n, there, scale_ptr, bias_ptr, STORED != "bf16", HAS_BIAS)
+    values, values_behind = gates, behind
     if GATED:
         values = tl.load(words_ptr + N * WORDS + at, mask=inside, other=0)
-    return gates, values
+        values_behind = _behind(N + n, there, scale_ptr, bias_ptr, STORED != "bf16", HAS_BIAS)
+    residual = n.to(tl.float32)  # not used
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + n, mask=there, other=0.0, cache_modifier=".cg")
+        residual = residual.to(tl.float32)
+    return gates, values, behind, values_behind, residual
+
+
+@triton.jit
+def _behind(n, there, scale_ptr, bias_ptr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scales and biases of rows n."""
+    scale = tl.full(n.shape, 1.0, dtype=tl.float32)
+    bias = tl.zeros(n.shape, dtype=tl.float32)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + n, mask=there, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=there, other=0.0).to(tl.float32)
+    return scale, bias
 
 
 @triton.jit
@@ -169,31 +192,30 @@ def _sums(words, first, last, steps, STORED: tl.constexpr, HARDWARE: tl.constexp
 
 @triton.jit
 def _finish(
-    gates,
-    values,
+    block,
     row,
     n,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
     out_ptr,
     N: tl.constexpr,
     STORED: tl.constexpr,
     HARDWARE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """The outputs n of a block."""
-    first, last, steps, scale = row
-    total = scale * _sums(gates, first, last, steps, STORED, HARDWARE)
-    value = total
+    """Stores the outputs n of a block: scale, bias, activation, residual, as `thin_linear` does."""
+    gates, values, behind, values_behind, residual = block
+    first, last, steps, norm = row
+    scale, bias = behind
+    total = norm * _sums(gates, first, last, steps, STORED, HARDWARE) * scale + bias
+    if ACTIVATION != "":
+        total, _ = _value_and_slope(total, ACTIVATION)
     if ACTIVATION == "swiglu":
-        value = scale * _sums(values, first, last, steps, STORED, HARDWARE)
-    store_finished(
-        *(total, value, n, scale_ptr, bias_ptr, residual_ptr, out_ptr),
-        *(N, ACTIVATION, STORED != "bf16", HAS_BIAS, HAS_RESIDUAL),
-    )
+        scale, bias = values_behind
+        total *= norm * _sums(values, first, last, steps, STORED, HARDWARE) * scale + bias
+    if HAS_RESIDUAL:
+        # As two operations would: the product is rounded before it is added.
+        total = total.to(out_ptr.dtype.element_ty).to(tl.float32) + residual
+    tl.store(out_ptr + n, total, mask=n < N)
 
 
 @triton.jit
@@ -222,20 +244,26 @@ def _all_but_last(
     HAS_RESIDUAL: tl.constexpr,
 ):
     """A product but for the last block, which is on its way: it, and the row."""
-    gates, values = block
     row = _input(x_ptr, gain_ptr, eps, WORDS, BLOCK_W, STORED, HAS_NORM)
     for t in range(BLOCKS - 1):
-        next_gates, next_values = _block(
-            *(words_ptr, t + 1, p, True, N, WORDS, BLOCK_N, BLOCK_W, PROGRAMS),
-            *(STORED, ACTIVATION == "swiglu"),
+        following = _block(
+            *(words_ptr, scale_ptr, bias_ptr, residual_ptr, t + 1, p, True),
+            *(N, WORDS, BLOCK_N, BLOCK_W, PROGRAMS),
+            *(STORED, ACTIVATION == "swiglu", HAS_BIAS, HAS_RESIDUAL),
         )
         _finish(
-            *(gates, values, row, _rows_of(t, p, PROGRAMS, BLOCK_N)),
-            *(scale_ptr, bias_ptr, residual_ptr, out_ptr),
-            *(N, STORED, HARDWARE, ACTIVATION, HAS_BIAS, HAS_RESIDUAL),
+            *(block, row, _rows_of(t, p, PROGRAMS, BLOCK_N), out_ptr),
+            *(N, STORED, HARDWARE, ACTIVATION, HAS_RESIDUAL),
         )
-        gates, values = next_gates, next_values
-    return gates, values, row
+        block = following
+    return block, row
+
+
+@triton.jit
+def _ask_for_gain(gain_ptr, p, D: tl.constexpr):
+    """One of its lines of 128 bytes, by every program another: the row meets it in the cache."""
+    LINE: tl.constexpr = 1024 // gain_ptr.dtype.element_ty.primitive_bitwidth
+    ask_ahead(gain_ptr + (p * LINE + tl.zeros((1,), dtype=tl.int32)) % D)
 
 
 @triton.jit
@@ -287,8 +315,6 @@ def whole_token_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HARDWARE: tl.constexpr,
-    EARLY: tl.constexpr,
-    ACQUIRE: tl.constexpr,
 ):
     """See `whole_token`. BLOCK_OF_…: rows of a block of weights that read so many numbers."""
     p = tl.program_id(0)
@@ -318,9 +344,11 @@ def whole_token_kernel(
     start = p % PARTS * per_part
     past = tl.minimum(start + per_part, position)
     qkv = _address(table_ptr, first_layer, 1, tl.int32)
+    qkv_scale = _address(table_ptr, first_layer, 2, tl.float32)
+    qkv_bias = _address(table_ptr, first_layer, 3, dtype)
     block = _block(
-        *(qkv, 0, p, True, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-        *(STORED, False),
+        *(qkv, qkv_scale, qkv_bias, x_ptr, 0, p, True, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
+        *(STORED, False, QKV_BIAS, False),
     )
     for layer in range(first_layer, last_layer):
         attention_gain = _address(table_ptr, layer, 0, dtype)
@@ -344,28 +372,37 @@ def whole_token_kernel(
         down_scale = _address(table_ptr, layer, 18, tl.float32)
         down_bias = _address(table_ptr, layer, 19, dtype)
         next_qkv = _address(table_ptr, layer + 1, 1, tl.int32)
+        next_scale = _address(table_ptr, layer + 1, 2, tl.float32)
+        next_bias = _address(table_ptr, layer + 1, 3, dtype)
 
         if PHASE == ALL or PHASE == 0:
-            gates, others, row = _all_but_last(
+            last, row = _all_but_last(
                 *(block, x_ptr, attention_gain, eps, qkv, qkv_scale, qkv_bias, x_ptr, qkv_ptr),
                 *(p, PROGRAMS, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, QKV_BLOCKS),
                 *(STORED, HARDWARE, "", True, QKV_BIAS, False),
             )
-            if TOGETHER and EARLY:
-                out_block = _block(
-                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
-                    *(STORED, False),
-                )
             _finish(
-                *(gates, others, row, _rows_of(QKV_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
-                *(qkv_scale, qkv_bias, x_ptr, qkv_ptr),
-                *(QKV, STORED, HARDWARE, "", QKV_BIAS, False),
+                *(last, row, _rows_of(QKV_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D), qkv_ptr),
+                *(QKV, STORED, HARDWARE, "", False),
             )
             _arrive(counter_ptr, TOGETHER)
-            if TOGETHER and not EARLY:
+            if TOGETHER:
                 out_block = _block(
-                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
-                    *(STORED, False),
+                    *(
+                        out,
+                        out_scale,
+                        out_bias,
+                        x_ptr,
+                        0,
+                        p,
+                        True,
+                        D,
+                        A_WORDS,
+                        BLOCK_OF_A,
+                        A_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, False, OUT_BIAS, True),
                 )
             if TOGETHER and p < KV_HEADS * PARTS:  # its part of the past
                 s = start + tl.arange(0, BLOCK_S)
@@ -375,7 +412,7 @@ def whole_token_kernel(
                 ask_ahead(keys + at)
                 ask_ahead(values + at)
             target += PROGRAMS
-            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
+            _wait(counter_ptr, target, TOGETHER)
 
         if PHASE == ALL or PHASE == 1:
             if p < KV_HEADS * PARTS:
@@ -399,114 +436,190 @@ def whole_token_kernel(
                     *(K, H // KV_HEADS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, 2),
                 )
             _arrive(counter_ptr, TOGETHER)
+            if TOGETHER:
+                _ask_for_gain(gain, p, D)
             target += PROGRAMS
-            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
+            _wait(counter_ptr, target, TOGETHER)
 
         if PHASE == ALL or PHASE == 2:
             if PHASE != ALL:
                 out_block = _block(
-                    *(out, 0, p, True, D, A_WORDS, BLOCK_OF_A, A_WIDE, PROGRAMS),
-                    *(STORED, False),
+                    *(
+                        out,
+                        out_scale,
+                        out_bias,
+                        x_ptr,
+                        0,
+                        p,
+                        True,
+                        D,
+                        A_WORDS,
+                        BLOCK_OF_A,
+                        A_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, False, OUT_BIAS, True),
                 )
-            gates, others, row = _all_but_last(
+            last, row = _all_but_last(
                 *(out_block, mixed_ptr, gain, eps, out, out_scale, out_bias, x_ptr, other_ptr),
                 *(p, PROGRAMS, D, A_WORDS, BLOCK_OF_A, A_WIDE, OUT_BLOCKS),
                 *(STORED, HARDWARE, "", False, OUT_BIAS, True),
             )
-            if TOGETHER and EARLY:
-                up_block = _block(
-                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                    *(STORED, GATED),
-                )
             _finish(
-                *(gates, others, row, _rows_of(OUT_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_A)),
-                *(out_scale, out_bias, x_ptr, other_ptr),
-                *(D, STORED, HARDWARE, "", OUT_BIAS, True),
+                *(last, row, _rows_of(OUT_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_A), other_ptr),
+                *(D, STORED, HARDWARE, "", True),
             )
             _arrive(counter_ptr, TOGETHER)
-            if TOGETHER and not EARLY:
+            if TOGETHER:
                 up_block = _block(
-                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                    *(STORED, GATED),
+                    *(
+                        up,
+                        up_scale,
+                        up_bias,
+                        x_ptr,
+                        0,
+                        p,
+                        True,
+                        F,
+                        D_WORDS,
+                        BLOCK_OF_D,
+                        D_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, GATED, UP_BIAS, False),
                 )
             target += PROGRAMS
-            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
+            _wait(counter_ptr, target, TOGETHER)
 
         if PHASE == ALL or PHASE == 3:
             if PHASE != ALL:
                 up_block = _block(
-                    *(up, 0, p, True, F, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                    *(STORED, GATED),
+                    *(
+                        up,
+                        up_scale,
+                        up_bias,
+                        x_ptr,
+                        0,
+                        p,
+                        True,
+                        F,
+                        D_WORDS,
+                        BLOCK_OF_D,
+                        D_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, GATED, UP_BIAS, False),
                 )
-            gates, others, row = _all_but_last(
+            last, row = _all_but_last(
                 *(up_block, other_ptr, gain, eps, up, up_scale, up_bias, x_ptr, hidden_ptr),
                 *(p, PROGRAMS, F, D_WORDS, BLOCK_OF_D, D_WIDE, UP_BLOCKS),
                 *(STORED, HARDWARE, ACTIVATION, True, UP_BIAS, False),
             )
-            if TOGETHER and EARLY:
-                down_block = _block(
-                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
-                    *(STORED, False),
-                )
             _finish(
-                *(gates, others, row, _rows_of(UP_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D)),
-                *(up_scale, up_bias, x_ptr, hidden_ptr),
-                *(F, STORED, HARDWARE, ACTIVATION, UP_BIAS, False),
+                *(last, row, _rows_of(UP_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D), hidden_ptr),
+                *(F, STORED, HARDWARE, ACTIVATION, False),
             )
             _arrive(counter_ptr, TOGETHER)
-            if TOGETHER and not EARLY:
+            if TOGETHER:
                 down_block = _block(
-                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
-                    *(STORED, False),
+                    *(
+                        down,
+                        down_scale,
+                        down_bias,
+                        other_ptr,
+                        0,
+                        p,
+                        True,
+                        D,
+                        F_WORDS,
+                        BLOCK_OF_F,
+                        F_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, False, DOWN_BIAS, True),
                 )
+                if layer + 1 < last_layer:
+                    _ask_for_gain(_address(table_ptr, layer + 1, 0, dtype), p, D)
             target += PROGRAMS
-            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
+            _wait(counter_ptr, target, TOGETHER)
 
         if PHASE == ALL or PHASE == 4:
             if PHASE != ALL:
                 down_block = _block(
-                    *(down, 0, p, True, D, F_WORDS, BLOCK_OF_F, F_WIDE, PROGRAMS),
-                    *(STORED, False),
+                    *(
+                        down,
+                        down_scale,
+                        down_bias,
+                        other_ptr,
+                        0,
+                        p,
+                        True,
+                        D,
+                        F_WORDS,
+                        BLOCK_OF_F,
+                        F_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, False, DOWN_BIAS, True),
                 )
-            gates, others, row = _all_but_last(
+            last, row = _all_but_last(
                 *(down_block, hidden_ptr, gain, eps, down, down_scale, down_bias),
                 *(other_ptr, x_ptr, p, PROGRAMS, D, F_WORDS, BLOCK_OF_F, F_WIDE, DOWN_BLOCKS),
                 *(STORED, HARDWARE, "", False, DOWN_BIAS, True),
             )
             more = layer + 1 < last_layer
-            if TOGETHER and EARLY:
-                block = _block(
-                    *(next_qkv, 0, p, more, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                    *(STORED, False),
-                )
             _finish(
-                *(gates, others, row, _rows_of(DOWN_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_F)),
-                *(down_scale, down_bias, other_ptr, x_ptr),
-                *(D, STORED, HARDWARE, "", DOWN_BIAS, True),
+                *(last, row, _rows_of(DOWN_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_F), x_ptr),
+                *(D, STORED, HARDWARE, "", True),
             )
             _arrive(counter_ptr, TOGETHER)
-            if TOGETHER and not EARLY:
+            if TOGETHER:
                 block = _block(
-                    *(next_qkv, 0, p, more, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-                    *(STORED, False),
+                    *(
+                        next_qkv,
+                        next_scale,
+                        next_bias,
+                        x_ptr,
+                        0,
+                        p,
+                        more,
+                        QKV,
+                        D_WORDS,
+                        BLOCK_OF_D,
+                        D_WIDE,
+                        PROGRAMS,
+                    ),
+                    *(STORED, False, QKV_BIAS, False),
                 )
             target += PROGRAMS
-            _wait(counter_ptr, target, TOGETHER, ACQUIRE)
+            _wait(counter_ptr, target, TOGETHER)
 
     if PHASE == ALL or PHASE == 5:
         head_block = _block(
-            *(head_ptr, 0, p, True, V, HEAD_WORDS, BLOCK_OF_HEAD, HEAD_WIDE, PROGRAMS),
-            *(HEAD_STORED, False),
+            *(
+                head_ptr,
+                head_scale_ptr,
+                head_bias_ptr,
+                x_ptr,
+                0,
+                p,
+                True,
+                V,
+                HEAD_WORDS,
+                BLOCK_OF_HEAD,
+                HEAD_WIDE,
+                PROGRAMS,
+            ),
+            *(HEAD_STORED, False, HEAD_BIAS, False),
         )
-        gates, others, row = _all_but_last(
+        last, row = _all_but_last(
             *(head_block, x_ptr, final_gain_ptr, eps, head_ptr, head_scale_ptr, head_bias_ptr),
             *(x_ptr, logits_ptr, p, PROGRAMS, V, HEAD_WORDS, BLOCK_OF_HEAD, HEAD_WIDE),
             *(HEAD_BLOCKS, HEAD_STORED, HARDWARE, "", True, HEAD_BIAS, False),
         )
         _finish(
-            *(gates, others, row, _rows_of(HEAD_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_HEAD)),
-            *(head_scale_ptr, head_bias_ptr, x_ptr, logits_ptr),
-            *(V, HEAD_STORED, HARDWARE, "", HEAD_BIAS, False),
+            *(last, row, _rows_of(HEAD_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_HEAD), logits_ptr),
+            *(V, HEAD_STORED, HARDWARE, "", False),
         )
     if TOGETHER:  # the last to leave makes ready for the next token
         tl.debug_barrier()
