@@ -30,8 +30,9 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 HEADS, K = (16, 128) if GPU else (2, 16)
 COLD_BYTES = 200_000_000 if GPU else 1
-SWEEP = ((1, 2, 4, 8, 16), (32, 64, 128), (2, 3, 4), (4, 8))
-"""Parts of a text and head, tokens of a block, stages, warps."""
+SWEEP = ((1, 2, 4, 8, 16), (32, 64, 128), (3, 5, 7), (4, 8))
+"""Parts of a text and head, tokens of a block, stages, warps. Stages beyond the first are pairs:
+pages are asked for before what lies in them."""
 Cache = tuple[Tensor, Tensor]
 
 
@@ -88,7 +89,7 @@ def sweep(run: Callable[..., Tensor], caches: list[Cache], batch: int) -> list[A
     module, found = sys.modules[paged_attention.__module__], []
     for parts, tokens, stages, warps in itertools.product(*SWEEP):
         too_many = GPU and not 128 <= parts * batch * HEADS <= 2048  # programs, or too few
-        if too_many or tokens * stages > 256:
+        if too_many or tokens * (stages // 2) > 192:
             continue
         shape = module.Parts(parts, tokens, stages, warps)
         with mock.patch.object(module, "_parts", return_value=shape):

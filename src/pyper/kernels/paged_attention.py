@@ -123,11 +123,12 @@ class Parts(NamedTuple):
     tokens: int
     """At a time."""
     stages: int
+    """Three have one block of keys and values on its way, five two: pages come a stage before."""
     warps: int
 
 
 def _parts(n_heads: int, row_bytes: int) -> Parts:
-    """n_heads: of keys, in all texts. Blocks on their way fill a processor's memory twice."""
+    """n_heads: of keys, in all texts. Four programs share a processor, and its memory."""
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
     # Short parts fill no long block.
     return Parts(n_parts, 64 if n_parts == 1 and row_bytes <= 256 else 32, 3, 4)
