@@ -1,5 +1,6 @@
 """Sparse feed-forwards against a loop over tokens and experts, and what must hold of them."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from nn.naive_sparse import (
     random_layer,
 )
 from nn.small_experts import small_expert, text_of
+from pyper.nn.expert_linear import ExpertLinear
 from pyper.nn.sparse_feed_forward import SparseFeedForward
 
 CHOOSING: dict[str, dict[str, Any]] = {
@@ -96,10 +98,40 @@ def test_tokens_that_choose_equal_the_loop(sparse: str, shape: str, training: bo
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_training_by_thresholds_equals_the_loop(gate: str) -> None:
     layer = random_layer({"routing": "threshold", "gate": gate, "threshold_after": 0.2}).train()
-    layer.state.trained_share = 0.1
+    layer.state.begin_step(0.1)
     check_against_the_loop(layer, None, "expert_choice")
-    layer.state.trained_share = 0.2
+    layer.state.begin_step(0.2)
     check_against_the_loop(layer, None, "threshold")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spare", [0, 1, 40])
+def test_with_room_for_more_rows_outputs_and_gradients_are_the_same(
+    shape: str, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped products leave rows of no expert as they find them: here as not a number."""
+    layer = random_layer(CHOOSING["softmax"], **SHAPES[shape])
+    monkeypatch.setattr(ExpertLinear, "grouped", grouped_among_others)
+    tokens, gates = random_input(3, 7).flatten(0, 1), random_input(3, 7, seed=3).flatten(0, 1)
+    gates, tokens = gates[:, : layer.sparse.n_experts].detach(), tokens.detach()
+    chosen = gates > 0.3
+    found = []
+    for run in (layer._run_one_by_one, partial(layer._run_room, room=int(chosen.sum()) + spare)):
+        leaves = tokens.clone().requires_grad_(), gates.clone().requires_grad_()
+        out = run(*leaves, chosen)
+        named = dict(layer.up.named_parameters("up")) | dict(layer.down.named_parameters("down"))
+        wanted = (*leaves, *named.values())
+        found.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+    for one, other in zip(*found, strict=True):
+        assert_close(other, one)
+
+
+def grouped_among_others(self: ExpertLinear, x: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+    """`ExpertLinear.grouped` in any type, with nothing sound behind the last row."""
+    parts = x[: ends[-1]].split(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
+    rest = x[ends[-1] :] @ (self.weight[0].detach().mT * torch.nan)
+    out = torch.cat([*(part @ w.mT for part, w in zip(parts, self.weight, strict=True)), rest])
+    return out if self.bias is None else out + self.bias[expert]
 
 
 def test_an_expert_with_more_tokens_than_a_block_of_rows_equals_the_loop() -> None:

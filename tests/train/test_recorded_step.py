@@ -68,7 +68,9 @@ def test_recorded_steps_equal_usual_ones_to_the_bit(optimizer: str, dtype: torch
 
 
 @needs_cuda
-@pytest.mark.parametrize("mode", ["expert_choice", "capped", "loss", "sign_bias", "token_mixture"])
+@pytest.mark.parametrize(
+    "mode", ["expert_choice", "threshold", "capped", "loss", "sign_bias", "token_mixture"]
+)
 def test_recorded_steps_route_and_learn_as_usual_ones(mode: str) -> None:
     """Sums over experts are made in any order on a GPU: equal but for rounding."""
     usual, weights = train(
@@ -105,15 +107,26 @@ def test_a_poisoned_gradient_in_a_recorded_step_updates_nothing() -> None:
 
 
 @needs_cuda
-def test_thresholds_in_training_go_back_to_usual_steps() -> None:
+def test_thresholds_in_training_are_recorded_anew() -> None:
     model = sparse_model("threshold").to("cuda", torch.bfloat16)
     step_fn = RecordedStep(model, ExpertOptimizer(model, new_config(), 3e-3), next_token_loss)
-    recordable = []
+    recorded = []
+    for step in range(10):
+        model.begin_step(step / 10)  # thresholds from step 4 on
+        step_fn(parts_of_step(step), 1.0)
+        recorded.append(step_fn._recording is not None)
+    assert recorded == [False] * 3 + [True] + [False] * 3 + [True] * 3
+
+
+@needs_cuda
+def test_thresholds_without_room_go_back_to_usual_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyper.nn.router_state._ROOM", 1)
+    model = sparse_model("threshold").to("cuda", torch.bfloat16)
+    step_fn = RecordedStep(model, ExpertOptimizer(model, new_config(), 3e-3), next_token_loss)
     for step in range(8):
         model.begin_step(step / 8)
-        recordable.append(step_fn._is_recordable(parts_of_step(step)))
         step_fn(parts_of_step(step), 1.0)
-    assert recordable == [False] * 3 + [True] + [False] * 4
+        assert (step_fn._recording is not None) == (step == 3)
 
 
 def test_without_a_gpu_steps_are_usual_ones() -> None:

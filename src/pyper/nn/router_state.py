@@ -9,6 +9,10 @@ from pyper.config import SparseConfig
 from pyper.routing.thresholds import ThresholdAverage
 from pyper.routing.token_choice import quantile_updated_bias, sign_updated_bias
 
+# Hidden numbers of a layer for which there is room though few of them may be needed: at eight
+# experts and 16 k tokens, for a d_ff of 1,024.
+_ROOM = 2**27
+
 
 class RouterState(nn.Module):
     """Thresholds (experts choose) or biases (tokens choose) of one layer.
@@ -22,11 +26,12 @@ class RouterState(nn.Module):
     threshold_updates: Tensor
     balance_bias: Tensor
 
-    def __init__(self, sparse: SparseConfig) -> None:
+    def __init__(self, sparse: SparseConfig, width: int = 0) -> None:
+        """width: of the hidden rows; 0 where it is not known."""
         super().__init__()
-        self.sparse = sparse
-        self.trained_share = 0.0
-        """Of all steps of the training: set before each."""
+        self.sparse, self.width = sparse, width
+        # Not the share of training itself, which would be compiled into a pass as a constant.
+        self.trains_by_threshold = self._trains_by_threshold(0.0)
         self.is_recomputing = False
         """In a backward pass that computes activations again: everything was observed before."""
         n = sparse.n_experts
@@ -42,16 +47,20 @@ class RouterState(nn.Module):
 
     def rule(self, training: bool) -> Literal["expert_choice", "threshold"]:
         """How experts choose now."""
-        by_threshold = self.sparse.routing == "threshold" and (
-            self.trained_share >= self.sparse.threshold_after
-        )
-        return "threshold" if not training or by_threshold else "expert_choice"
+        return "threshold" if not training or self.trains_by_threshold else "expert_choice"
 
-    def has_fixed_shapes(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels of a training pass in `dtype` do not depend on what is chosen."""
-        if self.sparse.is_expert_choice:
-            return self.rule(training=True) == "expert_choice"
-        return dtype == torch.bfloat16  # one grouped product; else expert after expert
+    def has_fixed_shapes(self, dtype: torch.dtype, n_tokens: int) -> bool:
+        """Whether kernels of a training pass over `n_tokens` do not depend on what is chosen."""
+        if self.sparse.is_expert_choice and self.rule(training=True) == "expert_choice":
+            return True
+        # In bf16 one grouped product of as many rows as ever; else expert after expert.
+        has_room = not self.sparse.is_expert_choice or self.room(n_tokens) is not None
+        return dtype == torch.bfloat16 and has_room
+
+    def room(self, n_tokens: int) -> int | None:
+        """Rows that hold whatever thresholds let through; None where that is too much to keep."""
+        rows = n_tokens * self.sparse.n_experts
+        return rows if 0 < rows * self.width <= _ROOM else None
 
     def threshold_gap(self, kth_score: Tensor) -> Tensor:
         """(), mean |k-th score − threshold| over experts; 0 before there are thresholds."""
@@ -60,7 +69,7 @@ class RouterState(nn.Module):
 
     def begin_step(self, trained_share: float) -> None:
         """Before each optimizer step: the share of all steps that are done (0 … 1)."""
-        self.trained_share = trained_share
+        self.trains_by_threshold = self._trains_by_threshold(trained_share)
         self._forget()  # of a trial pass that no step followed
 
     def observe_kth_score(self, kth_score: Tensor) -> None:
@@ -102,6 +111,10 @@ class RouterState(nn.Module):
                 quantile_updated_bias(self.balance_bias, scores, sparse.top_k, sparse.bias_rate)
             )
         self._forget()
+
+    def _trains_by_threshold(self, trained_share: float) -> bool:
+        sparse = self.sparse
+        return sparse.routing == "threshold" and trained_share >= sparse.threshold_after
 
     @property
     def _average(self) -> ThresholdAverage:

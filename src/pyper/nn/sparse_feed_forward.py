@@ -71,7 +71,7 @@ class SparseFeedForward(nn.Module):
         self.down = ExpertLinear(n_experts, config.ff_dim, config.d_model, bias)
         shared = config.model_copy(update={"d_ff": sparse.shared_d_ff})
         self.shared = FeedForward(shared) if sparse.shared_d_ff else None
-        self.state = RouterState(sparse)
+        self.state = RouterState(sparse, width)
 
     def forward(
         self, x: Tensor, rule: Rule | None = None, padding: Tensor | None = None
@@ -119,7 +119,8 @@ class SparseFeedForward(nn.Module):
         if self.training:
             self.state.observe_kth_score(choice.kth_score)
         if rule == "threshold":
-            out, chosen, other = self._run_mask(tokens, gates, passing), passing, chosen
+            out = self._run_mask(tokens, gates, passing, self.state.room(len(tokens)))
+            chosen, other = passing, chosen
         else:
             out, other = self._run_index(tokens, gates, choice.token_index, slots), passing
         statistics = layer_statistics(
@@ -177,8 +178,7 @@ class SparseFeedForward(nn.Module):
                 balance = load_balancing_loss(probs, share.to(probs))
                 auxiliary = auxiliary + sparse.load_balancing_weight * balance
         weights = _normalized(gates, chosen) if sparse.normalize_gates else gates
-        n_pairs = len(tokens) * sparse.top_k if padding is None else None
-        out = self._run_mask(tokens, weights, chosen, n_pairs)
+        out = self._run_mask(tokens, weights, chosen, len(tokens) * sparse.top_k)
         return out, Routed(layer_statistics(chosen, gates, padding=padding), auxiliary)
 
     def _run_index(
@@ -202,23 +202,50 @@ class SparseFeedForward(nn.Module):
         return combine_rows(out, token_index, slots, residual=start)
 
     def _run_mask(
-        self, tokens: Tensor, gates: Tensor, chosen: Tensor, n_pairs: int | None = None
+        self, tokens: Tensor, gates: Tensor, chosen: Tensor, room: int | None = None
     ) -> Tensor:
-        """Any number for each expert, chosen (N, E), of which `n_pairs` are True where known."""
-        if n_pairs is not None and tokens.is_cuda:  # else a GPU is waited for
-            expert, token = chosen.T.nonzero_static(size=n_pairs).unbind(dim=1)
-        else:
-            expert, token = chosen.T.nonzero(as_tuple=True)
-        rows, load = tokens[token], chosen.sum(dim=0)
-        if tokens.is_cuda and tokens.dtype == torch.bfloat16:
-            ends = load.cumsum(dim=0, dtype=torch.int32)
-            hidden = activate(self.up.grouped(rows, expert, ends), self.activation)
-            out = self.down.grouped(hidden, expert, ends)
-        else:
-            parts = rows.split(load.tolist())
-            out = torch.cat([self._one_expert(e, part) for e, part in enumerate(parts)])
-        weighted = out * gates[token, expert].to(out.dtype).unsqueeze(-1)
-        return torch.zeros_like(tokens).index_add(0, token, weighted)
+        """Any number for each expert, chosen (N, E); `room`: at most so many are True, if known."""
+        grouped = tokens.is_cuda and tokens.dtype == torch.bfloat16
+        if grouped and room is not None:
+            return self._run_room(tokens, gates, chosen, room)
+        run = self._run_counted if grouped else self._run_one_by_one
+        out: Tensor = run(tokens, gates, chosen)
+        return out
+
+    # Not compiled: sizes are those of the data, and others in every step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_one_by_one(self, tokens: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        parts = tokens[token].split(chosen.sum(dim=0).tolist())
+        out = torch.cat([self._one_expert(e, part) for e, part in enumerate(parts)])
+        return _weighted_sum(tokens, out, gates, token, expert)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_counted(self, tokens: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """In one grouped product of exactly the rows that are needed: a GPU is waited for."""
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        ends = chosen.sum(dim=0).cumsum(dim=0, dtype=torch.int32)
+        hidden = activate(self.up.grouped(tokens[token], expert, ends), self.activation)
+        return _weighted_sum(tokens, self.down.grouped(hidden, expert, ends), gates, token, expert)
+
+    def _run_room(self, tokens: Tensor, gates: Tensor, chosen: Tensor, room: int) -> Tensor:
+        """The same of `room` rows whatever is chosen: nothing is waited for.
+
+        Rows behind the last one that is needed belong to no product, which leaves what was there
+        in memory in their place, forwards and backwards: each is replaced by zeros.
+        """
+        expert, token = chosen.T.nonzero_static(size=room, fill_value=0).unbind(dim=1)
+        ends = chosen.sum(dim=0).cumsum(dim=0, dtype=torch.int32)
+        row = torch.arange(room, device=tokens.device)
+        needed = row < ends[-1]
+        # Sums over the rows of one token take turns: spare rows must not all be of the first.
+        token = torch.where(needed, token, row % len(tokens))
+        needed = needed.unsqueeze(1)
+        rows = tokens[token].where(needed, 0)
+        pre = self.up.grouped(rows, expert, ends).where(needed, 0)
+        hidden = activate(pre, self.activation)
+        out = self.down.grouped(hidden, expert, ends).where(needed, 0)
+        return _weighted_sum(tokens, out, gates, token, expert)
 
     def _one_expert(self, expert: int, rows: Tensor) -> Tensor:
         # Products of many different sizes are slow on a CPU: a kernel is built for each size.
@@ -226,6 +253,14 @@ class SparseFeedForward(nn.Module):
         padded = F.pad(rows, (0, 0, 0, fill)) if fill else rows
         hidden = activate(self.up.of_expert(expert, padded), self.activation)
         return self.down.of_expert(expert, hidden)[: len(rows)]
+
+
+def _weighted_sum(
+    tokens: Tensor, out: Tensor, gates: Tensor, token: Tensor, expert: Tensor
+) -> Tensor:
+    """(N, D) of what experts made, out (M, D), of the tokens (M,): each times its gate."""
+    weighted = out * gates[token, expert].to(out.dtype).unsqueeze(-1)
+    return torch.zeros_like(tokens).index_add(0, token, weighted)
 
 
 def _normalized(gates: Tensor, chosen: Tensor) -> Tensor:

@@ -135,9 +135,14 @@ class Transformer(nn.Module):
         self.read(tokens, rule="calibrate")
         self.train(was_training)
 
-    def has_fixed_shapes(self) -> bool:
-        """Whether a training pass now launches the same kernels whatever the tokens are."""
-        return all(state.has_fixed_shapes(self.dtype) for state in self._router_states())
+    def training_rules(self) -> tuple[str, ...]:
+        """How experts of each routed layer choose in training now: it changes during training."""
+        return tuple(state.rule(training=True) for state in self._router_states())
+
+    def has_fixed_shapes(self, n_tokens: int) -> bool:
+        """Whether a training pass over so many launches the same kernels whatever they are."""
+        states = self._router_states()
+        return all(state.has_fixed_shapes(self.dtype, n_tokens) for state in states)
 
     def _router_states(self) -> Iterator[RouterState]:
         return (module for module in self.modules() if isinstance(module, RouterState))

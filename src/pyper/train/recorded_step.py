@@ -39,10 +39,12 @@ class RecordedStep:
         # A loss function of the user's may look at its data.
         self.can_record = model.device.type == "cuda" and loss_fn is next_token_loss
         self._recording: Recording[Measured] | None = None
+        self._rules: tuple[str, ...] = ()
         self._usual_steps, self._seconds = 0, 0.0
 
     def __call__(self, micro_batches: Sequence[Batch], rate_factor: float) -> StepResult:
         """One step, see `train_step`."""
+        self._follow_rules()
         if not self._is_recordable(micro_batches):
             return self._usual_step(micro_batches, rate_factor)
         if self._recording is None:
@@ -51,6 +53,12 @@ class RecordedStep:
         self.optimizer.set_rates(rate_factor)
         self._recording.update.replay()
         return result
+
+    def _follow_rules(self) -> None:
+        """What was recorded goes by the rule of its time, and so did usual steps before it."""
+        rules = self.model.training_rules()
+        if rules != self._rules:
+            self._rules, self._recording, self._usual_steps = rules, None, 0
 
     def _usual_step(self, micro_batches: Sequence[Batch], rate_factor: float) -> StepResult:
         start = time.monotonic()
@@ -61,7 +69,8 @@ class RecordedStep:
         return result
 
     def _is_recordable(self, micro_batches: Sequence[Batch]) -> bool:
-        if not (self.can_record and self.model.has_fixed_shapes()):
+        largest = max(b.tokens.numel() for b in micro_batches)
+        if not (self.can_record and self.model.has_fixed_shapes(largest)):
             return False
         if self._usual_steps < USUAL_STEPS or self._seconds > LONG_STEP:
             return False
