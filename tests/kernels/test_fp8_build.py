@@ -21,13 +21,22 @@ TYPES |= {n: "i32" for n in ("W", "T", "first", "n_heads", "n")}
 TYPES |= {n: "*fp32" for n in ("inverse_ptr", "hidden_inverse_ptr", "cos_ptr", "sin_ptr")}
 TYPES |= {n: "*fp32" for n in ("largest_ptr", "squares_ptr")}
 
-def build(kernel, types, **constants):
+def compiled(kernel, types, constants, odd=()):
+    # Sizes but those of `odd` are multiples of 16.
     types, names = TYPES | types, kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-    whole = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+    at = [i for i, n in enumerate(names) if n not in constants and n not in odd]
+    whole = {(i,): [["tt.divisibility", 16]] for i in at}
     source = ASTSource(kernel, signature, constants, whole)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    ptx = built.asm["ptx"]
+    # R1 is the address of a stack, which there is none of; ptxas (12.8, 12.9) has been seen to read
+    # it where it had lost the result of a conversion to 8 bits, whose bytes went separate ways.
+    reads = [line for line in built.asm["sass"].splitlines() if re.search(r"\\bR1\\b", line)]
+    assert all("c[0x0][0x28]" in line for line in reads), (kernel, odd, reads)
+    return built.asm["ptx"]
+
+def build(kernel, types, **constants):
+    ptx = compiled(kernel, types, constants)
     # Nothing is written byte by byte, nor transposed so.
     assert not re.search(r"(ld|st)[.](global|shared)[.](v[24][.])?b(8|16)[^x]", ptx), kernel
     assert "ld.global.v4.b32" in ptx, kernel
@@ -42,15 +51,17 @@ turned = [
     for t in ("*fp8e4nv", "*fp8e5")
 ]
 types = {"dpre_ptr": "*fp8e5", "columns_ptr": "*i16", "hidden_ptr": "*i16"}
-block = dict(HIDDEN=tl.float8e4nv, ACTIVATION="gelu", PAIRS=64, BLOCK_F=64)
+block = dict(HIDDEN=tl.float8e4nv, ACTIVATION="gelu", PAIRS=64, BLOCK_F=32)
 turned.append(build(activation._hidden_gradients, types, **block))
+compiled(activation._hidden_gradients, types, block, ["P"])
 types = {"rows_ptr": "*fp8e5", "columns_ptr": "*i16"}
 block = dict(TURNS=True, HALF=64, HEADS=4, PAIRS=32, BLOCK_K=64)
 turned.append(build(heads._turn_back_to_fp8, types, **block))
+compiled(heads._turn_back_to_fp8, types, block, ["N_PAIRS", "T", "P", "first", "n_heads"])
 for ptx in turned:
     assert "matrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
 # GELU is computed once for all three results.
-assert turned[2].count("ex2.approx") == 32
+assert turned[2].count("ex2.approx") == 16
 """
 
 

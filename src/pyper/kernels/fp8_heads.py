@@ -18,6 +18,8 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from pyper.kernels.fp8_cast import _side_by_side
+
 # Pairs of tokens and heads that a program turns with the same angles.
 _PAIRS, _HEADS = 32, 4
 
@@ -170,18 +172,14 @@ def _gradient_of(dquery: Tensor, dkey: Tensor) -> tuple[Tensor, Tensor]:
 if launch.HAS_TRITON:
 
     @triton.jit
-    def _turned_bytes(from_ptr, to_ptr, inside, cos, sin, HALF: tl.constexpr):
-        """Stores both halves of heads, turned back; and their bytes."""
+    def _turned_heads(from_ptr, to_ptr, inside, cos, sin, HALF: tl.constexpr):
+        """Stores both halves of heads, turned back; and gives them before they were narrowed."""
         a = tl.load(from_ptr, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(from_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
-        left = (a * cos + b * sin).to(to_ptr.dtype.element_ty)
-        right = (b * cos - a * sin).to(to_ptr.dtype.element_ty)
-        tl.store(to_ptr, left, mask=inside)
-        tl.store(to_ptr + HALF, right, mask=inside)
-        return (
-            left.to(tl.uint8, bitcast=True).to(tl.int16),
-            right.to(tl.uint8, bitcast=True).to(tl.int16),
-        )
+        left, right = a * cos + b * sin, b * cos - a * sin
+        tl.store(to_ptr, left.to(to_ptr.dtype.element_ty), mask=inside)
+        tl.store(to_ptr + HALF, right.to(to_ptr.dtype.element_ty), mask=inside)
+        return left, right
 
     @triton.jit
     def _turn_back_to_fp8(
@@ -234,15 +232,17 @@ if launch.HAS_TRITON:
             here = inside & (h < n_heads)
             head = from_ptr + tl.cast(h, tl.int64) * stride_h + k[None, :]
             rows = rows_ptr + to + (first + h) * (2 * HALF)
-            left, right = _turned_bytes(
+            left, right = _turned_heads(
                 head + even_at[:, None], rows, here, even_cos, even_sin, HALF
             )
-            odd_left, odd_right = _turned_bytes(
+            odd_left, odd_right = _turned_heads(
                 head + odd_at[:, None], rows + W, here, odd_cos, odd_sin, HALF
             )
             column = tl.cast((first + h) * (2 * HALF), tl.int64) + k
             down = columns_ptr + column[:, None] * N_PAIRS + pair[None, :]
             here = across & (h < n_heads)
-            tl.store(down, tl.trans(left | (odd_left << 8)), mask=here)
+            lefts = _side_by_side(left, odd_left, rows_ptr.dtype.element_ty)
+            tl.store(down, tl.trans(lefts), mask=here)
             down += HALF * tl.cast(N_PAIRS, tl.int64)
-            tl.store(down, tl.trans(right | (odd_right << 8)), mask=here)
+            rights = _side_by_side(right, odd_right, rows_ptr.dtype.element_ty)
+            tl.store(down, tl.trans(rights), mask=here)
