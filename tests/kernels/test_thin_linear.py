@@ -1,10 +1,13 @@
 """The linear map of few rows against a loop over rows, in float64."""
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -36,6 +39,14 @@ CHOICES: list[tuple[bool, bool, bool, Activation | None]] = [
     (False, True, False, "gelu_tanh"),
 ]
 BF16 = torch.bfloat16
+STORED = [BF16, torch.int8, torch.float8_e4m3fn]
+
+
+def every(n: int, *values: Sequence[Any]) -> list[Any]:
+    """All combinations; on a GPU each builds a kernel, and all but every n-th are slow tests."""
+    slow = [pytest.mark.slow] if DEVICE == "cuda" else []
+    cases = enumerate(itertools.product(*values))
+    return [pytest.param(*case, marks=slow if i % n else []) for i, case in cases]
 
 
 def weight_of(N: int, D: int, stored: torch.dtype, *, bias: bool) -> ThinWeight:
@@ -98,9 +109,6 @@ def compare(
     assert error(got, expected) < 2 * limit(BF16)
 
 
-STORED = [BF16, torch.int8, torch.float8_e4m3fn]
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("stored", STORED)
 def test_the_twin_matches_a_loop(stored: torch.dtype, choice: tuple[object, ...]) -> None:
@@ -109,9 +117,7 @@ def test_the_twin_matches_a_loop(stored: torch.dtype, choice: tuple[object, ...]
 
 
 @needs_triton
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "stored", "choice"), every(13, SHAPES, STORED, CHOICES))
 def test_the_kernel_matches_a_loop(
     shape: tuple[int, int, int], stored: torch.dtype, choice: tuple[object, ...]
 ) -> None:
@@ -138,9 +144,10 @@ def tickets_of() -> Tensor:
 
 
 @needs_triton
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("shape", [(2, 300, 17), (5, 64, 70), (64, 520, 130)])
+@pytest.mark.parametrize(
+    ("shape", "stored", "choice"),
+    every(13, [(2, 300, 17), (5, 64, 70), (64, 520, 130)], STORED, CHOICES),
+)
 def test_parts_of_the_inputs_add_up(
     shape: tuple[int, int, int], stored: torch.dtype, choice: tuple[object, ...]
 ) -> None:
@@ -157,9 +164,10 @@ def test_parts_of_the_inputs_add_up(
 
 
 @needs_triton
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 300, 48), (17, 96, 130), (64, 1040, 200)])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("split", "shape", "stored"),
+    every(7, [False, True], [(1, 64, 48), (3, 300, 48), (17, 96, 130), (64, 1040, 200)], STORED),
+)
 def test_a_product_prepares_the_next_ones_norm(
     shape: tuple[int, int, int], stored: torch.dtype, split: bool
 ) -> None:
@@ -178,7 +186,7 @@ def test_a_product_prepares_the_next_ones_norm(
 
 
 @needs_triton
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("stored", every(3, STORED))
 def test_a_row_is_the_same_whatever_the_others_are(stored: torch.dtype) -> None:
     x, weight = random(16, 300, seed=0, dtype=BF16), weight_of(70, 300, stored, bias=True)
     residual, norm = random(16, 70, seed=1, dtype=BF16), InputNorm(random(70, dtype=BF16), 1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.gluon_emulated import Pointer, Tiles, Value, _method, emulated, run
 from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
-from kernels.test_thin_linear import naive, tickets_of
+from kernels.test_thin_linear import every, naive, tickets_of
 from pyper.kernels import InputNorm, ThinWeight, launch, thin_linear, thin_streams
 from pyper.kernels.thin_linear import Blocks, thin_residual
 
@@ -238,7 +238,7 @@ def on_hopper() -> bool:
 
 @needs_triton
 @pytest.mark.skipif(not on_hopper(), reason="there is no Hopper GPU")
-@pytest.mark.parametrize("B", [2, 16, 33, 64])
+@pytest.mark.parametrize("B", every(3, [16, 2, 33, 64]))
 def test_on_a_gpu_it_does_what_the_other_kernel_does(B: int) -> None:
     tickets = tickets_of()
     first, second = (
@@ -248,12 +248,17 @@ def test_on_a_gpu_it_does_what_the_other_kernel_does(B: int) -> None:
     norm = InputNorm(1 + 0.3 * random(2048, seed=5, dtype=BF16), 1e-5)
     said = []
     for trial in (False, True):
-        with mock.patch.object(launch, "ON_TRIAL", trial):
+        streamed = mock.patch.object(
+            *(sys.modules[thin_linear.__module__], "streamed_linear"),
+            wraps=thin_streams.streamed_linear,
+        )
+        with mock.patch.object(launch, "ON_TRIAL", trial), streamed as launches:
             for _ in range(20):  # one right behind the other
                 rows = thin_residual(x, first, residual, norm, tickets=tickets, overlap=True)
                 given: dict[str, Any] = {"norm": norm, "activation": "gelu", "overlap": True}
                 got = thin_linear(rows, second, tickets=tickets, **given)
             said += [rows.rows, got]
+        assert launches.call_count == 40 * trial
     assert error(said[2], said[0]) < limit(BF16)
     assert error(said[3], said[1]) < 2 * limit(BF16)
     assert not tickets.any()
