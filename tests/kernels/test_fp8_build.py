@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from kernels.machine_code import lost_registers
 
 TYPES = {n: "i32" for n in ("stride_b", "stride_h", "stride_t", "N_PAIRS", "N", "D", "F", "P")}
 TYPES |= {n: "i32" for n in ("W", "T", "first", "n_heads", "n")}
@@ -29,10 +30,7 @@ def compiled(kernel, types, constants, odd=()):
     whole = {(i,): [["tt.divisibility", 16]] for i in at}
     source = ASTSource(kernel, signature, constants, whole)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    # R1 is the address of a stack, which there is none of; ptxas (12.8, 12.9) has been seen to read
-    # it where it had lost the result of a conversion to 8 bits, whose bytes went separate ways.
-    reads = [line for line in built.asm["sass"].splitlines() if re.search(r"\\bR1\\b", line)]
-    assert all("c[0x0][0x28]" in line for line in reads), (kernel, odd, reads)
+    assert lost_registers(built.asm["sass"]) == [], (kernel, odd)
     return built.asm["ptx"]
 
 def build(kernel, types, **constants):
@@ -57,7 +55,9 @@ compiled(activation._hidden_gradients, types, block, ["P"])
 types = {"rows_ptr": "*fp8e5", "columns_ptr": "*i16"}
 block = dict(TURNS=True, HALF=64, HEADS=4, PAIRS=32, BLOCK_K=64)
 turned.append(build(heads._turn_back_to_fp8, types, **block))
-compiled(heads._turn_back_to_fp8, types, block, ["N_PAIRS", "T", "P", "first", "n_heads"])
+odd = ["N_PAIRS", "T", "P", "first", "n_heads"]
+compiled(heads._turn_back_to_fp8, types, block, odd)
+compiled(heads._turn_back_to_fp8, types, block | dict(HALF=24, BLOCK_K=32), odd)
 for ptx in turned:
     assert "matrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
 # GELU is computed once for all three results.
@@ -68,5 +68,6 @@ assert turned[2].count("ex2.approx") == 16
 @needs_triton
 @pytest.mark.slow
 def test_nothing_is_transposed_byte_by_byte() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    folders = os.pathsep.join(sys.path)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": folders}
     subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
