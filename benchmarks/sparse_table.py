@@ -3,12 +3,14 @@
     python benchmarks/sparse_table.py sparse --data data/mine --seeds 0 1 2
 
 Each row is `pyper train RUN` with a few keys set, from scratch on the same tokens and steps, and
-judged on the same held-out text by the causal rule alone. Then each row runs alone for a few steps:
-tokens per second. Every row costs what the dense model costs (but c = 2 and the shared expert).
+judged on the same held-out text by the causal rule alone. Then each row runs alone for some more
+steps, of which the last `--speed-steps` are timed: tokens per second. Every row costs what the
+dense model costs (but c = 2 and the shared expert).
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,8 @@ from pyper.stages.toml import to_toml
 from pyper.train.metrics import read_metrics
 
 S = "model.sparse."
+WARM_UP_STEPS = 40
+"""At least, before steps are timed: thresholds take over after a fifth of all."""
 ARMS: dict[str, list[str]] = {
     "dense": ["model.kind=dense"],
     "expert choice": [],
@@ -59,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--side-by-side", type=int, default=1, metavar="N")
-    parser.add_argument("--speed-steps", type=int, default=60, help="0: no speeds")
+    parser.add_argument("--speed-steps", type=int, default=20, help="that are timed; 0: none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
     add_json_option(parser)
     return parser.parse_args()
@@ -130,9 +134,12 @@ def measure(runs: Runs, arm: str, seed: int) -> dict[str, Any]:
 
 
 def speed(runs: Runs, arm: str, steps: int) -> float:
-    """Tokens per second of one row that runs alone; the last third of `steps` counts."""
-    log_every = max(1, steps // 3)
-    few = [f"train.steps={steps}", f"train.log_every={log_every}", "evaluate.tokens=2048"]
+    """Tokens per second of one row that runs alone, over its last `steps` steps.
+
+    Those before them compile, take thresholds over and are recorded.
+    """
+    total = steps * (1 + math.ceil(WARM_UP_STEPS / steps))
+    few = [f"train.steps={total}", f"train.log_every={steps}", "evaluate.tokens=2048"]
     folder, _ = runs.train(arm, 0, [*few, "train.eval_tokens=2048"])
     records = read_metrics(folder / "experts/00/metrics.jsonl")
     return [float(r["tokens_per_second"]) for r in records if "tokens_per_second" in r][-1]
