@@ -73,35 +73,27 @@ def _wait(counter_ptr, target, TOGETHER: tl.constexpr):
         tl.debug_barrier()
 
 
-@triton.jit
-def _rows_of(t, p, n_programs, BLOCK_N: tl.constexpr):
-    return (t * n_programs + p) * BLOCK_N + tl.arange(0, BLOCK_N)
+# Of a linear map, as constants: its rows, words of a row, rows of a block, programs, how it is
+# stored, the activation behind it, whether it has a bias, whether a residual is added (MAP).
 
 
 @triton.jit
-def _block(
-    words_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    t,
-    p,
-    there,
-    N: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    STORED: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
+def _block(weight, t, p, there, MAP: tl.constexpr):
     """Block t of a program: its words of four bytes, scales, biases and residual.
 
     Of SwiGLU the values' too. Who has none reads the last rows again, which are near, and stores
     nothing.
     """
+    words_ptr, scale_ptr, bias_ptr, residual_ptr = weight
+    N: tl.constexpr = MAP[0]
+    WORDS: tl.constexpr = MAP[1]
+    BLOCK_N: tl.constexpr = MAP[2]
+    PROGRAMS: tl.constexpr = MAP[3]
+    STORED: tl.constexpr = MAP[4]
+    GATED: tl.constexpr = MAP[5] == "swiglu"
+    HAS_BIAS: tl.constexpr = MAP[6]
+    HAS_RESIDUAL: tl.constexpr = MAP[7]
+    BLOCK_W: tl.constexpr = triton.next_power_of_2(WORDS)
     place = tl.arange(0, BLOCK_N)
     if N % BLOCK_N:
         row = tl.minimum((t * PROGRAMS + p) * BLOCK_N, N - 1)
@@ -144,16 +136,11 @@ def _behind(n, there, scale_ptr, bias_ptr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl
 
 
 @triton.jit
-def _input(
-    x_ptr,
-    gain_ptr,
-    eps,
-    WORDS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    STORED: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
+def _input(x_ptr, gain_ptr, eps, MAP: tl.constexpr, HAS_NORM: tl.constexpr):
     """A row as its products take it (three tensors), and what their sums are multiplied by."""
+    WORDS: tl.constexpr = MAP[1]
+    STORED: tl.constexpr = MAP[4]
+    BLOCK_W: tl.constexpr = triton.next_power_of_2(WORDS)
     PER_WORD: tl.constexpr = 2 if STORED == "bf16" else 4
     D: tl.constexpr = WORDS * PER_WORD
     scale = 1.0
@@ -191,18 +178,15 @@ def _sums(words, first, last, steps, STORED: tl.constexpr, HARDWARE: tl.constexp
 
 
 @triton.jit
-def _finish(
-    block,
-    row,
-    n,
-    out_ptr,
-    N: tl.constexpr,
-    STORED: tl.constexpr,
-    HARDWARE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Stores the outputs n of a block: scale, bias, activation, residual, as `thin_linear` does."""
+def _finish(block, row, t, p, out_ptr, MAP: tl.constexpr, HARDWARE: tl.constexpr):
+    """Stores the outputs of block t: scale, bias, activation, residual, as `thin_linear` does."""
+    N: tl.constexpr = MAP[0]
+    BLOCK_N: tl.constexpr = MAP[2]
+    PROGRAMS: tl.constexpr = MAP[3]
+    STORED: tl.constexpr = MAP[4]
+    ACTIVATION: tl.constexpr = MAP[5]
+    HAS_RESIDUAL: tl.constexpr = MAP[7]
+    n = (t * PROGRAMS + p) * BLOCK_N + tl.arange(0, BLOCK_N)
     gates, values, behind, values_behind, residual = block
     first, last, steps, norm = row
     scale, bias = behind
@@ -219,44 +203,57 @@ def _finish(
 
 
 @triton.jit
-def _all_but_last(
+def _product(
     block,
+    weight,
     x_ptr,
     gain_ptr,
     eps,
-    words_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
     out_ptr,
     p,
-    PROGRAMS: tl.constexpr,
-    N: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STORED: tl.constexpr,
-    HARDWARE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    MAP: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """A product but for the last block, which is on its way: it, and the row."""
-    row = _input(x_ptr, gain_ptr, eps, WORDS, BLOCK_W, STORED, HAS_NORM)
+    """A whole product whose first block is on its way."""
+    BLOCKS: tl.constexpr = triton.cdiv(MAP[0], MAP[3] * MAP[2])
+    row = _input(x_ptr, gain_ptr, eps, MAP, HAS_NORM)
     for t in range(BLOCKS - 1):
-        following = _block(
-            *(words_ptr, scale_ptr, bias_ptr, residual_ptr, t + 1, p, True),
-            *(N, WORDS, BLOCK_N, BLOCK_W, PROGRAMS),
-            *(STORED, ACTIVATION == "swiglu", HAS_BIAS, HAS_RESIDUAL),
-        )
-        _finish(
-            *(block, row, _rows_of(t, p, PROGRAMS, BLOCK_N), out_ptr),
-            *(N, STORED, HARDWARE, ACTIVATION, HAS_RESIDUAL),
-        )
+        following = _block(weight, t + 1, p, True, MAP)
+        _finish(block, row, t, p, out_ptr, MAP, HARDWARE)
         block = following
-    return block, row
+    _finish(block, row, BLOCKS - 1, p, out_ptr, MAP, HARDWARE)
+
+
+@triton.jit
+def _weight(table_ptr, layer, PLACE: tl.constexpr, residual_ptr, dtype: tl.constexpr):
+    """Words, scale and bias of a linear map, and what is added to what it gives."""
+    words_ptr = _address(table_ptr, layer, PLACE, tl.int32)
+    scale_ptr = _address(table_ptr, layer, PLACE + 1, tl.float32)
+    return words_ptr, scale_ptr, _address(table_ptr, layer, PLACE + 2, dtype), residual_ptr
+
+
+@triton.jit
+def _ask_for_past(
+    keys_ptr,
+    values_ptr,
+    pages_ptr,
+    start,
+    past,
+    h,
+    KV_HEADS: tl.constexpr,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The first keys and values that a program will attend to."""
+    LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+    s = start + tl.arange(0, BLOCK_S)
+    at = _slots(pages_ptr, s, past, PAGE)[:, None] * (KV_HEADS * K) + h * K
+    at += LINE * tl.arange(0, max(BLOCK_K // LINE, 1))[None, :]
+    ask_ahead(keys_ptr + at)
+    ask_ahead(values_ptr + at)
 
 
 @triton.jit
@@ -319,120 +316,58 @@ def whole_token_kernel(
     """See `whole_token`. BLOCK_OF_…: rows of a block of weights that read so many numbers."""
     p = tl.program_id(0)
     TOGETHER: tl.constexpr = PHASE == ALL
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
     PER_WORD: tl.constexpr = 2 if STORED == "bf16" else 4
-    HEAD_PER_WORD: tl.constexpr = 2 if HEAD_STORED == "bf16" else 4
-    QKV: tl.constexpr = (H + 2 * KV_HEADS) * K
-    A: tl.constexpr = H * K
+    QKV_ROWS: tl.constexpr = (H + 2 * KV_HEADS) * K
     D_WORDS: tl.constexpr = D // PER_WORD
-    A_WORDS: tl.constexpr = A // PER_WORD
+    QKV: tl.constexpr = (QKV_ROWS, D_WORDS, BLOCK_OF_D, PROGRAMS, STORED, "", QKV_BIAS, False)
+    A_WORDS: tl.constexpr = H * K // PER_WORD
+    OUT: tl.constexpr = (D, A_WORDS, BLOCK_OF_A, PROGRAMS, STORED, "", OUT_BIAS, True)
+    UP: tl.constexpr = (F, D_WORDS, BLOCK_OF_D, PROGRAMS, STORED, ACTIVATION, UP_BIAS, False)
     F_WORDS: tl.constexpr = F // PER_WORD
-    HEAD_WORDS: tl.constexpr = D // HEAD_PER_WORD
-    D_WIDE: tl.constexpr = triton.next_power_of_2(D_WORDS)
-    A_WIDE: tl.constexpr = triton.next_power_of_2(A_WORDS)
-    F_WIDE: tl.constexpr = triton.next_power_of_2(F_WORDS)
-    HEAD_WIDE: tl.constexpr = triton.next_power_of_2(HEAD_WORDS)
-    QKV_BLOCKS: tl.constexpr = triton.cdiv(QKV, PROGRAMS * BLOCK_OF_D)
-    OUT_BLOCKS: tl.constexpr = triton.cdiv(D, PROGRAMS * BLOCK_OF_A)
-    UP_BLOCKS: tl.constexpr = triton.cdiv(F, PROGRAMS * BLOCK_OF_D)
-    DOWN_BLOCKS: tl.constexpr = triton.cdiv(D, PROGRAMS * BLOCK_OF_F)
-    HEAD_BLOCKS: tl.constexpr = triton.cdiv(V, PROGRAMS * BLOCK_OF_HEAD)
+    DOWN: tl.constexpr = (D, F_WORDS, BLOCK_OF_F, PROGRAMS, STORED, "", DOWN_BIAS, True)
+    WORDS: tl.constexpr = D // (2 if HEAD_STORED == "bf16" else 4)
+    HEAD: tl.constexpr = (V, WORDS, BLOCK_OF_HEAD, PROGRAMS, HEAD_STORED, "", HEAD_BIAS, False)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     target = 0
     position = tl.load(position_ptr).to(tl.int32)
     per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), PARTS) * BLOCK_S
     start = p % PARTS * per_part
     past = tl.minimum(start + per_part, position)
-    qkv = _address(table_ptr, first_layer, 1, tl.int32)
-    qkv_scale = _address(table_ptr, first_layer, 2, tl.float32)
-    qkv_bias = _address(table_ptr, first_layer, 3, dtype)
-    block = _block(
-        *(qkv, qkv_scale, qkv_bias, x_ptr, 0, p, True, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, PROGRAMS),
-        *(STORED, False, QKV_BIAS, False),
-    )
+    block = _block(_weight(table_ptr, first_layer, 1, x_ptr, dtype), 0, p, True, QKV)
     for layer in range(first_layer, last_layer):
         attention_gain = _address(table_ptr, layer, 0, dtype)
-        qkv = _address(table_ptr, layer, 1, tl.int32)
-        qkv_scale = _address(table_ptr, layer, 2, tl.float32)
-        qkv_bias = _address(table_ptr, layer, 3, dtype)
+        qkv = _weight(table_ptr, layer, 1, x_ptr, dtype)
         query_gain = _address(table_ptr, layer, 4, dtype)
         key_gain = _address(table_ptr, layer, 5, dtype)
         cos = _address(table_ptr, layer, 6, tl.float32)
         sin = _address(table_ptr, layer, 7, tl.float32)
         keys = _address(table_ptr, layer, 8, dtype)
         values = _address(table_ptr, layer, 9, dtype)
-        out = _address(table_ptr, layer, 10, tl.int32)
-        out_scale = _address(table_ptr, layer, 11, tl.float32)
-        out_bias = _address(table_ptr, layer, 12, dtype)
+        out = _weight(table_ptr, layer, 10, x_ptr, dtype)
         gain = _address(table_ptr, layer, 13, dtype)
-        up = _address(table_ptr, layer, 14, tl.int32)
-        up_scale = _address(table_ptr, layer, 15, tl.float32)
-        up_bias = _address(table_ptr, layer, 16, dtype)
-        down = _address(table_ptr, layer, 17, tl.int32)
-        down_scale = _address(table_ptr, layer, 18, tl.float32)
-        down_bias = _address(table_ptr, layer, 19, dtype)
-        next_qkv = _address(table_ptr, layer + 1, 1, tl.int32)
-        next_scale = _address(table_ptr, layer + 1, 2, tl.float32)
-        next_bias = _address(table_ptr, layer + 1, 3, dtype)
-
+        up = _weight(table_ptr, layer, 14, x_ptr, dtype)
+        down = _weight(table_ptr, layer, 17, other_ptr, dtype)
+        more = layer + 1 < last_layer
         if PHASE == ALL or PHASE == 0:
-            last, row = _all_but_last(
-                *(block, x_ptr, attention_gain, eps, qkv, qkv_scale, qkv_bias, x_ptr, qkv_ptr),
-                *(p, PROGRAMS, QKV, D_WORDS, BLOCK_OF_D, D_WIDE, QKV_BLOCKS),
-                *(STORED, HARDWARE, "", True, QKV_BIAS, False),
-            )
-            _finish(
-                *(last, row, _rows_of(QKV_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D), qkv_ptr),
-                *(QKV, STORED, HARDWARE, "", False),
-            )
+            _product(block, qkv, x_ptr, attention_gain, eps, qkv_ptr, p, QKV, True, HARDWARE)
             _arrive(counter_ptr, TOGETHER)
             if TOGETHER:
-                out_block = _block(
-                    *(
-                        out,
-                        out_scale,
-                        out_bias,
-                        x_ptr,
-                        0,
-                        p,
-                        True,
-                        D,
-                        A_WORDS,
-                        BLOCK_OF_A,
-                        A_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, False, OUT_BIAS, True),
-                )
-            if TOGETHER and p < KV_HEADS * PARTS:  # its part of the past
-                s = start + tl.arange(0, BLOCK_S)
-                LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
-                at = _slots(pages_ptr, s, past, PAGE)[:, None] * (KV_HEADS * K) + p // PARTS * K
-                at += LINE * tl.arange(0, max(BLOCK_K // LINE, 1))[None, :]
-                ask_ahead(keys + at)
-                ask_ahead(values + at)
+                block = _block(out, 0, p, True, OUT)
+                if p < KV_HEADS * PARTS:
+                    _ask_for_past(
+                        *(keys, values, pages_ptr, start, past, p // PARTS),
+                        *(KV_HEADS, K, PAGE, BLOCK_S, BLOCK_K),
+                    )
             target += PROGRAMS
             _wait(counter_ptr, target, TOGETHER)
-
         if PHASE == ALL or PHASE == 1:
             if p < KV_HEADS * PARTS:
                 attend(
                     *(qkv_ptr, qkv_ptr + H * K, qkv_ptr + (H + KV_HEADS) * K, keys, values),
                     *(pages_ptr, part_ptr, log_sum_ptr, mixed_ptr, tickets_ptr, cos, sin),
-                    *(query_gain, key_gain, 0, 0, 0, K**-0.5, eps, position),
-                    *(
-                        start,
-                        past,
-                        0,
-                        p // PARTS,
-                        p % PARTS,
-                        KV_HEADS,
-                        PARTS,
-                        True,
-                        QK_NORM,
-                        PARTS > 1,
-                        PARTS,
-                    ),
+                    *(query_gain, key_gain, 0, 0, 0, K**-0.5, eps, position, start, past),
+                    *(0, p // PARTS, p % PARTS, KV_HEADS, PARTS),
+                    *(True, QK_NORM, PARTS > 1, PARTS),
                     *(K, H // KV_HEADS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, 2),
                 )
             _arrive(counter_ptr, TOGETHER)
@@ -440,187 +375,39 @@ def whole_token_kernel(
                 _ask_for_gain(gain, p, D)
             target += PROGRAMS
             _wait(counter_ptr, target, TOGETHER)
-
         if PHASE == ALL or PHASE == 2:
-            if PHASE != ALL:
-                out_block = _block(
-                    *(
-                        out,
-                        out_scale,
-                        out_bias,
-                        x_ptr,
-                        0,
-                        p,
-                        True,
-                        D,
-                        A_WORDS,
-                        BLOCK_OF_A,
-                        A_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, False, OUT_BIAS, True),
-                )
-            last, row = _all_but_last(
-                *(out_block, mixed_ptr, gain, eps, out, out_scale, out_bias, x_ptr, other_ptr),
-                *(p, PROGRAMS, D, A_WORDS, BLOCK_OF_A, A_WIDE, OUT_BLOCKS),
-                *(STORED, HARDWARE, "", False, OUT_BIAS, True),
-            )
-            _finish(
-                *(last, row, _rows_of(OUT_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_A), other_ptr),
-                *(D, STORED, HARDWARE, "", True),
-            )
+            if not TOGETHER:
+                block = _block(out, 0, p, True, OUT)
+            _product(block, out, mixed_ptr, gain, eps, other_ptr, p, OUT, False, HARDWARE)
             _arrive(counter_ptr, TOGETHER)
             if TOGETHER:
-                up_block = _block(
-                    *(
-                        up,
-                        up_scale,
-                        up_bias,
-                        x_ptr,
-                        0,
-                        p,
-                        True,
-                        F,
-                        D_WORDS,
-                        BLOCK_OF_D,
-                        D_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, GATED, UP_BIAS, False),
-                )
+                block = _block(up, 0, p, True, UP)
             target += PROGRAMS
             _wait(counter_ptr, target, TOGETHER)
-
         if PHASE == ALL or PHASE == 3:
-            if PHASE != ALL:
-                up_block = _block(
-                    *(
-                        up,
-                        up_scale,
-                        up_bias,
-                        x_ptr,
-                        0,
-                        p,
-                        True,
-                        F,
-                        D_WORDS,
-                        BLOCK_OF_D,
-                        D_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, GATED, UP_BIAS, False),
-                )
-            last, row = _all_but_last(
-                *(up_block, other_ptr, gain, eps, up, up_scale, up_bias, x_ptr, hidden_ptr),
-                *(p, PROGRAMS, F, D_WORDS, BLOCK_OF_D, D_WIDE, UP_BLOCKS),
-                *(STORED, HARDWARE, ACTIVATION, True, UP_BIAS, False),
-            )
-            _finish(
-                *(last, row, _rows_of(UP_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_D), hidden_ptr),
-                *(F, STORED, HARDWARE, ACTIVATION, False),
-            )
+            if not TOGETHER:
+                block = _block(up, 0, p, True, UP)
+            _product(block, up, other_ptr, gain, eps, hidden_ptr, p, UP, True, HARDWARE)
             _arrive(counter_ptr, TOGETHER)
             if TOGETHER:
-                down_block = _block(
-                    *(
-                        down,
-                        down_scale,
-                        down_bias,
-                        other_ptr,
-                        0,
-                        p,
-                        True,
-                        D,
-                        F_WORDS,
-                        BLOCK_OF_F,
-                        F_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, False, DOWN_BIAS, True),
-                )
-                if layer + 1 < last_layer:
+                block = _block(down, 0, p, True, DOWN)
+                if more:
                     _ask_for_gain(_address(table_ptr, layer + 1, 0, dtype), p, D)
             target += PROGRAMS
             _wait(counter_ptr, target, TOGETHER)
-
         if PHASE == ALL or PHASE == 4:
-            if PHASE != ALL:
-                down_block = _block(
-                    *(
-                        down,
-                        down_scale,
-                        down_bias,
-                        other_ptr,
-                        0,
-                        p,
-                        True,
-                        D,
-                        F_WORDS,
-                        BLOCK_OF_F,
-                        F_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, False, DOWN_BIAS, True),
-                )
-            last, row = _all_but_last(
-                *(down_block, hidden_ptr, gain, eps, down, down_scale, down_bias),
-                *(other_ptr, x_ptr, p, PROGRAMS, D, F_WORDS, BLOCK_OF_F, F_WIDE, DOWN_BLOCKS),
-                *(STORED, HARDWARE, "", False, DOWN_BIAS, True),
-            )
-            more = layer + 1 < last_layer
-            _finish(
-                *(last, row, _rows_of(DOWN_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_F), x_ptr),
-                *(D, STORED, HARDWARE, "", True),
-            )
+            if not TOGETHER:
+                block = _block(down, 0, p, True, DOWN)
+            _product(block, down, hidden_ptr, gain, eps, x_ptr, p, DOWN, False, HARDWARE)
             _arrive(counter_ptr, TOGETHER)
-            if TOGETHER:
-                block = _block(
-                    *(
-                        next_qkv,
-                        next_scale,
-                        next_bias,
-                        x_ptr,
-                        0,
-                        p,
-                        more,
-                        QKV,
-                        D_WORDS,
-                        BLOCK_OF_D,
-                        D_WIDE,
-                        PROGRAMS,
-                    ),
-                    *(STORED, False, QKV_BIAS, False),
-                )
             target += PROGRAMS
+        block = _block(_weight(table_ptr, layer + 1, 1, x_ptr, dtype), 0, p, more, QKV)
+        if PHASE == ALL or PHASE == 4:
             _wait(counter_ptr, target, TOGETHER)
-
     if PHASE == ALL or PHASE == 5:
-        head_block = _block(
-            *(
-                head_ptr,
-                head_scale_ptr,
-                head_bias_ptr,
-                x_ptr,
-                0,
-                p,
-                True,
-                V,
-                HEAD_WORDS,
-                BLOCK_OF_HEAD,
-                HEAD_WIDE,
-                PROGRAMS,
-            ),
-            *(HEAD_STORED, False, HEAD_BIAS, False),
-        )
-        last, row = _all_but_last(
-            *(head_block, x_ptr, final_gain_ptr, eps, head_ptr, head_scale_ptr, head_bias_ptr),
-            *(x_ptr, logits_ptr, p, PROGRAMS, V, HEAD_WORDS, BLOCK_OF_HEAD, HEAD_WIDE),
-            *(HEAD_BLOCKS, HEAD_STORED, HARDWARE, "", True, HEAD_BIAS, False),
-        )
-        _finish(
-            *(last, row, _rows_of(HEAD_BLOCKS - 1, p, PROGRAMS, BLOCK_OF_HEAD), logits_ptr),
-            *(V, HEAD_STORED, HARDWARE, "", False),
-        )
+        head = head_ptr, head_scale_ptr, head_bias_ptr, x_ptr
+        head_block = _block(head, 0, p, True, HEAD)
+        _product(head_block, head, x_ptr, final_gain_ptr, eps, logits_ptr, p, HEAD, True, HARDWARE)
     if TOGETHER:  # the last to leave makes ready for the next token
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == target + PROGRAMS - 1:
