@@ -4,8 +4,8 @@ from pyper.config import ExpertConfig, RunConfig
 from pyper.nn import count_parameters
 from pyper.train.optimizer import moment_bytes
 
-# Logits that the head makes at a time (`kernels/cross_entropy.py`), and their bytes: bf16, and a
-# float32 copy where there is no kernel.
+# Logits that the head makes at a time (`kernels/cross_entropy.py`), and their bytes: a float32 copy
+# beside each, or with kernels the next ones before the last are gone.
 _LOGITS_AT_ONCE = 2**27
 
 
@@ -36,7 +36,8 @@ def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, in
         "moments": parameters * moment_bytes(train),
         "activations": tokens
         * _bytes_per_token(run.model, width, train.recompute_blocks, on_kernels and half),
-        "logits": min(tokens * run.model.vocab_size, _LOGITS_AT_ONCE) * (width + 4),
+        "logits": min(tokens * run.model.vocab_size, _LOGITS_AT_ONCE)
+        * (2 * width if on_kernels and half else width + 4),
     }
     going = parts["activations"] + parts["logits"]
     total = sum(parts.values()) - min(going, parts["gradients"])
