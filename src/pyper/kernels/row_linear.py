@@ -56,7 +56,8 @@ def linear_of_row(
     Only of weights that `takes` says so.
     """
     N, words = out.shape[1], weight.view(torch.int32)
-    blocks = RowBlocks(*_blocks(N, words.shape[1], weight.dtype))
+    as_integers = launch.ON_TRIAL or not x.is_cuda
+    blocks = RowBlocks(*_blocks(N, words.shape[1], weight.dtype, as_integers))
     own: dict[str, str | bool]
     kernel, own = _linear_of_row, {"STORED": _STORED[weight.dtype]}
     if not blocks.widened:  # dp2a is NVIDIA's
@@ -85,14 +86,17 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype in _STORED and weight.shape[1] * weight.element_size() % 4 == 0
 
 
-def _blocks(n_outputs: int, row_words: int, stored: torch.dtype) -> RowBlocks:
-    if stored == torch.int8:
+def _blocks(
+    n_outputs: int, row_words: int, stored: torch.dtype, as_integers: bool = True
+) -> RowBlocks:
+    """as_integers: whether the row of int8 weights becomes integers."""
+    if stored == torch.int8 and as_integers:
         # Whole rows, as far as it goes: four words of each of eight rows for a thread.
         words = block_of(row_words, 2048)
         return RowBlocks(8, words, max(words // 128, 1), widened=False)
     if n_outputs <= row_words:  # from here on, what was best on an H200
         return RowBlocks(4, 512, 4)
-    if stored == torch.float8_e4m3fn:
+    if stored != torch.bfloat16:
         return RowBlocks(8, 256, 2)
     if n_outputs <= 2 * row_words:
         return RowBlocks(1, 256, 4)
