@@ -6,7 +6,7 @@ from torch import Tensor
 from pyper.generate.narrow_weights import thin_weight
 from pyper.generate.thin_layers import ThinLayers
 from pyper.kernels.row_linear import takes
-from pyper.kernels.whole_token import TokenLayer, TokenShape, WholeToken
+from pyper.kernels.whole_token import TokenLayer, TokenShape, WholeToken, has_programs
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.attention import Attention
 from pyper.nn.block import Block
@@ -25,6 +25,8 @@ class WholeLayers:
     def pay_for(model: Transformer, batch: int) -> bool:
         """Whether a single kernel can be all layers, where the model is."""
         if batch != 1 or not ThinLayers.pay_for(model, batch):
+            return False
+        if not has_programs(model.device, model.config.kv_heads):
             return False
         parts = [_parts_of(block) for block in model.blocks]
         maps = [m for a, f in parts for m in (a.qkv, a.out, f.up, f.down)]

@@ -9,6 +9,7 @@ meet where one reads what others wrote; what they read next is then already on i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from pyper.kernels.row_linear import _STORED
 from pyper.kernels.thin_linear import ThinWeight
 
 if launch.HAS_TRITON:
-    from pyper.kernels.whole_token_kernel import NAMES, whole_token_kernel
+    from pyper.kernels.whole_token_kernel import whole_token_kernel
+    from pyper.kernels.whole_token_parts import NAMES
 
 # Bytes of weights that a program has under way, programs of a processor, warps of a program.
 _BLOCK_BYTES, _PER_PROCESSOR, _WARPS = 32_768, 2, 4
@@ -104,49 +106,67 @@ class WholeToken:
     def _launch(
         self, x: Tensor, pages: Tensor, position: Tensor, phase: int, first: int, last: int
     ) -> None:
-        s, layer, head = self.shape, self._layers[0], self._head
-        stored, D = _STORED[layer.qkv.weight.dtype], len(x)
-        A, size = s.n_heads * s.dim_per_head, layer.qkv.weight.element_size()
-        groups = s.n_heads // s.n_kv_heads
+        head, options = self._head, {"num_warps": _WARPS, "num_stages": 1}
+        if self._is_gpu:
+            options["launch_cooperative_grid"] = True
         whole_token_kernel[(self._programs,)](
             *(self._table, x, self._other, self._qkv, self._mixed, self._hidden, self._logits),
             *(self._part, self._log_sum, self._tickets, self._tickets[-1:], pages, position),
             *(self._final_gain, head.weight.view(torch.int32), head.scale, head.bias),
-            *(first, last, s.eps),
+            *(first, last, self.shape.eps),
             PHASE=phase,
-            D=D,
-            F=s.ff_dim,
-            V=len(head.weight),
-            H=s.n_heads,
-            KV_HEADS=s.n_kv_heads,
-            K=s.dim_per_head,
-            ACTIVATION=s.activation,
-            STORED=stored,
-            HEAD_STORED=_STORED[head.weight.dtype],
-            QK_NORM=layer.qk_gains is not None,
-            QKV_BIAS=layer.qkv.bias is not None,
-            OUT_BIAS=layer.out.bias is not None,
-            UP_BIAS=layer.up.bias is not None,
-            DOWN_BIAS=layer.down.bias is not None,
-            HEAD_BIAS=head.bias is not None,
-            BLOCK_OF_D=_block_rows(D * size, s.activation == "swiglu"),
-            BLOCK_OF_A=_block_rows(A * size),
-            BLOCK_OF_F=_block_rows(s.ff_dim * size),
-            BLOCK_OF_HEAD=_block_rows(D * head.weight.element_size()),
-            PROGRAMS=self._programs,
-            PARTS=self._parts,
-            PAGE=s.page_tokens,
-            BLOCK_G=max(block_of(groups, 1 << 20), 16),
-            BLOCK_S=_PART_TOKENS,
-            BLOCK_K=max(block_of(s.dim_per_head, 1 << 20), 16),
             HARDWARE=self._is_gpu and torch.version.hip is None,
-            num_warps=_WARPS,
-            num_stages=1,
-            **({"launch_cooperative_grid": True} if self._is_gpu else {}),
+            **self._constants(),
+            **options,
         )
+
+    def _constants(self) -> dict[str, Any]:
+        """What the kernel is built for, beside the phase."""
+        s, layer, head, D = self.shape, self._layers[0], self._head, len(self._final_gain)
+        return {
+            "D": D,
+            "F": s.ff_dim,
+            "V": len(head.weight),
+            "H": s.n_heads,
+            "KV_HEADS": s.n_kv_heads,
+            "K": s.dim_per_head,
+            "ACTIVATION": s.activation,
+            "STORED": _STORED[layer.qkv.weight.dtype],
+            "HEAD_STORED": _STORED[head.weight.dtype],
+            "QK_NORM": layer.qk_gains is not None,
+            "QKV_BIAS": layer.qkv.bias is not None,
+            "OUT_BIAS": layer.out.bias is not None,
+            "UP_BIAS": layer.up.bias is not None,
+            "DOWN_BIAS": layer.down.bias is not None,
+            "HEAD_BIAS": head.bias is not None,
+            **self._block_sizes(layer.qkv.weight.element_size()),
+            "PROGRAMS": self._programs,
+            "PARTS": self._parts,
+            "PAGE": s.page_tokens,
+        }
+
+    def _block_sizes(self, size: int) -> dict[str, int]:
+        """size: bytes of a weight."""
+        s, D = self.shape, len(self._final_gain)
+        return {
+            "BLOCK_OF_D": _block_rows(D * size, s.activation == "swiglu"),
+            "BLOCK_OF_A": _block_rows(s.n_heads * s.dim_per_head * size),
+            "BLOCK_OF_F": _block_rows(s.ff_dim * size),
+            "BLOCK_OF_HEAD": _block_rows(D * self._head.weight.element_size()),
+            # A product takes 16 rows at least.
+            "BLOCK_G": max(block_of(s.n_heads // s.n_kv_heads, 1 << 20), 16),
+            "BLOCK_S": _PART_TOKENS,
+            "BLOCK_K": max(block_of(s.dim_per_head, 1 << 20), 16),
+        }
+
+
+def has_programs(device: torch.device, n_kv_heads: int) -> bool:
+    """Whether each head of keys has a program of its own."""
+    return _programs(device) >= n_kv_heads
 
 
 def _programs(device: torch.device) -> int:
+    """As many as run at once."""
     if device.type != "cuda":
         return 6
     return _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
