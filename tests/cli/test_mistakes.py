@@ -197,6 +197,34 @@ def test_an_unknown_way_of_mixing(refused: Refused, finished_run: Path) -> None:
     assert "posterior" in hint
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("generate RUN --expert sums --mixing top1", ("expert `sums` alone", "`mixing`")),
+        ("mix RUN --drop sums -o NEW --set run.jobs=2", ("`--drop`", "`--set`")),
+        ("mix RUN --output NEW --set run.jobs=2", ("`--output`", "`--set`")),
+        ("train RUN --only seed --jobs 2", ("`--only`", "`--jobs`")),
+        ("train RUN --only seed --dry-run", ("`--only`", "`--dry-run`")),
+        ("inspect RUN --mfu 0.5", ("`--mfu`", "`--plan`")),
+        ("prepare RUN -o NEW --tokenizer bytes --vocab-size 4096", ("bytes`", "`--vocab-size`")),
+        ("prepare RUN -o NEW --columns text=a --text-key text", ("text=…`", "`--text-key`")),
+        ("merge RUN -o NEW --add RUN:sums --attention soft", ("`--add`", "`--attention`")),
+        ("merge RUN -o NEW --average --top-k 2", ("`--average`", "`--top-k`")),
+        ("merge RUN -o NEW --upcycle 2 --router means", ("`--upcycle`", "`--router`")),
+        ("merge RUN -o NEW --noise 0.01", ("`--noise`", "`--upcycle`")),
+        ("merge RUN -o NEW --routing capped --top-k 2", ("capped`", "`--top-k`")),
+    ],
+)
+def test_options_that_would_not_count_are_refused(
+    refused: Refused, finished_run: Path, tmp_path: Path, arguments: str, named: tuple[str, str]
+) -> None:
+    filled = arguments.replace("RUN", str(finished_run)).replace("NEW", str(tmp_path / "new"))
+    error, hint = refused(*filled.split())
+    assert all(name in error for name in named), error
+    assert hint
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_device(refused: Refused, finished_run: Path) -> None:
     error, hint = refused("generate", finished_run, "--device", "abacus")
     assert "`abacus`" in error

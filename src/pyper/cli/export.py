@@ -28,7 +28,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16 (default: as it is saved).")
     ] = None,
-    shard_gb: Annotated[float, typer.Option(help="Largest file of weights, in GB.")] = 5.0,
+    shard_gb: Annotated[
+        float | None, typer.Option(help="Largest file of weights, in GB (5); hf only.")
+    ] = None,
     license_name: Annotated[
         str | None, typer.Option("--license", help="For the model card, e.g. apache-2.0.")
     ] = None,

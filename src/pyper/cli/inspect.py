@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pyper.cli.exclusive import refuse_without
 from pyper.cli.output import JsonOption, print_json, stdout
 
 
 def inspect(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A run, mixture, data folder or checkpoint.")],
     as_plan: Annotated[
         bool, typer.Option("--plan", help="PATH is a run file: what training it needs.")
@@ -28,6 +30,7 @@ def inspect(
     if as_plan:
         _plan(path, mfu, tflops, as_json)
         return
+    refuse_without(context, "--plan", "mfu", "tflops")
     from pyper.stages.inspect import facts_table, inspect_path
 
     facts = inspect_path(path)

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pyper.cli.exclusive import refuse_beside, refuse_without
 from pyper.cli.output import JsonOption, print_json, stderr, stdout
 
 
 def merge(
+    context: typer.Context,
     run_file: Annotated[Path, typer.Argument(help="Run folder; with --add, a merged model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the merged model.")],
     routing: Annotated[
@@ -40,6 +42,7 @@ def merge(
 
     Example: `pyper merge runs/quickstart -o models/merged`
     """
+    _refuse_what_would_not_count(context, routing, average=average, upcycle=upcycle, add=add)
     from pyper.stages.merge_command import MergeOptions, merge_command, merge_table
 
     options = MergeOptions(
@@ -58,3 +61,21 @@ def merge(
         print_json(result)
     else:
         stdout().print(merge_table(result))
+
+
+_OF_ROUTING = ("routing", "top_k", "router", "attention")
+
+
+def _refuse_what_would_not_count(
+    context: typer.Context, routing: str, *, average: bool, upcycle: int | None, add: str | None
+) -> None:
+    if add is not None:
+        refuse_beside(context, "--add", *_OF_ROUTING, "average", "upcycle", "noise")
+    if average:
+        refuse_beside(context, "--average", *_OF_ROUTING, "upcycle", "noise")
+    if upcycle is not None:
+        refuse_beside(context, "--upcycle", "router")
+    else:
+        refuse_without(context, "--upcycle", "noise")
+    if routing != "token_choice":
+        refuse_beside(context, f"--routing {routing}", "top_k")

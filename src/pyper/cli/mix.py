@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pyper.cli.exclusive import refuse_beside
 from pyper.cli.output import JsonOption, SetOption, print_json, stderr, stdout
 
 
 def mix(
+    context: typer.Context,
     run_file: Annotated[Path, typer.Argument(help="Run file, run folder, or a mixture.")],
     drop: Annotated[
         list[str] | None, typer.Option(help="Leave out this expert. Needs --output.")
@@ -31,6 +33,8 @@ def mix(
     Example: `pyper mix runs/mine --drop law --add poems=runs/verse:2 -o mixtures/new`
     """
     if drop or add or output:
+        option = "--drop" if drop else "--add" if add else "--output"
+        refuse_beside(context, option, "overrides")
         from pyper.stages.change import change_mixture
 
         settings = change_mixture(run_file, output, drop or [], add or [])
@@ -42,8 +46,8 @@ def mix(
         from pyper.stages.context import open_context
         from pyper.stages.mix import mix as join
 
-        context = open_context(load_run(run_file, overrides or ()), stderr())
-        path = join(context, assign(context))
+        run = open_context(load_run(run_file, overrides or ()), stderr())
+        path = join(run, assign(run))
         settings = read_settings(path)
     if as_json:
         print_json({"path": str(path), **settings.model_dump(mode="json")})

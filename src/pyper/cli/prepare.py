@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pyper.cli.exclusive import refuse_beside
 from pyper.cli.output import JsonOption, print_json, stderr, stdout
 
 
 def prepare(
+    context: typer.Context,
     sources: Annotated[
         list[Path], typer.Argument(help="Folders, files, or data sets: `hf:owner/name`.")
     ],
@@ -63,6 +65,8 @@ def prepare(
 
     Example: `pyper prepare texts/ -o data/mine --vocab-size 8192`
     """
+    if tokenizer not in (None, "bpe"):
+        refuse_beside(context, f"--tokenizer {tokenizer}", "vocab_size")
     given = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
@@ -86,6 +90,8 @@ def prepare(
     )
 
     config = check_options({k: v for k, v in given.items() if v is not None})
+    if "text" in config.columns:
+        refuse_beside(context, "--columns text=…", "text_key")
     manifest = prepare_with_progress(sources, output, config, stderr())
     if as_json:
         print_json(data_summary(manifest, output))

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pyper.cli.exclusive import refuse_beside
 from pyper.cli.output import JsonOption, SetOption, print_json, stderr, stdout
 
 
 def train(
+    context: typer.Context,
     run_file: Annotated[
         Path, typer.Argument(help="Run file, a run folder, or a shipped name such as `small`.")
     ],
@@ -33,6 +35,8 @@ def train(
 
     Example: `pyper train my-run.toml --set train.epochs=2 --jobs 2`
     """
+    if only:  # what it names is trained one after another
+        refuse_beside(context, "--only", "jobs", "dry_run")
     from pyper.config import load_run
 
     extra = [f"run.jobs={jobs}"] if jobs is not None else []
@@ -50,9 +54,9 @@ def train(
     from pyper.stages.context import open_context
     from pyper.stages.pipeline import run_pipeline, train_only
 
-    context = open_context(run, stderr())
+    opened = open_context(run, stderr())
     if only:
-        results = train_only(context, only)
+        results = train_only(opened, only)
         if as_json:
             print_json({"trained": results})
         else:
@@ -62,7 +66,7 @@ def train(
                     f"validation {result['loss']:.3f} nats per token"
                 )
         return
-    report = run_pipeline(context)
+    report = run_pipeline(opened)
     if as_json:
         print_json(report)
     else:

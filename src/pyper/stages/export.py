@@ -37,6 +37,7 @@ from pyper.stages.export_source import (
     refuse_overwriting,
 )
 
+_USUAL_SHARD_GB = 5.0
 _FILE_TYPES: dict[str, FileType] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
@@ -83,7 +84,8 @@ def export_table(result: dict[str, Any]) -> Table:
 def _write_hf(
     source: Source, folder: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    shard_bytes = max(1, round(options.shard_gb * 1e9))
+    shard_gb = _USUAL_SHARD_GB if options.shard_gb is None else options.shard_gb
+    shard_bytes = max(1, round(shard_gb * 1e9))
     architecture, note = _write_weights(source, folder, options.architecture, shard_bytes)
     needs_code = architecture.startswith("Pyper")
     settings = source.mixture.settings

@@ -30,7 +30,8 @@ class ExportOptions:
     mixing: str | None = None
     architecture: str = "auto"
     dtype: str | None = None
-    shard_gb: float = 5.0
+    shard_gb: float | None = None
+    """5 where none is said."""
     license_name: str | None = None
     check: bool = True
 
@@ -100,7 +101,12 @@ def check_options(options: ExportOptions) -> None:
             "`--architecture pyper` is for transformers: a GGUF file has no modelling file",
             hint="leave one of `--architecture` and `--to gguf` out",
         )
-    if not 0 < options.shard_gb < float("inf"):
+    if options.to == "gguf" and options.shard_gb is not None:
+        raise ConfigError(
+            "`--shard-gb` is for transformers: a GGUF file is one file",
+            hint="leave one of `--shard-gb` and `--to gguf` out",
+        )
+    if options.shard_gb is not None and not 0 < options.shard_gb < float("inf"):
         raise ConfigError(
             f"`--shard-gb` must be more than 0, not {options.shard_gb}", hint="`5` is usual"
         )

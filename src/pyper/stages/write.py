@@ -57,8 +57,13 @@ def open_model(
 ) -> OpenModel:
     """Open the mixture of a run; narrow: with eight-bit weights.
 
-    Raises CheckpointError, ConfigError for an unknown expert.
+    Raises CheckpointError, ConfigError for an unknown expert, and for one that is to be mixed.
     """
+    if expert is not None and mixing is not None:
+        raise ConfigError(
+            f"expert `{expert}` alone mixes with nothing: `mixing` is for several",
+            hint="leave one of `--expert` and `--mixing` out",
+        )
     mixture, tokenizer = load_mixture(path, device=pick_device(device), resident=resident)
     if narrow is not None:
         mixture = with_narrow_weights(mixture, narrow)
