@@ -8,8 +8,7 @@ are read cold, as in decoding: copies beyond the cache take turns inside one rec
 share is the weights' bytes a second of what the card copies a second. "apart": each kernel waits
 for the one before it, instead of beginning early. "layer": the four one after another, as decoding
 calls them, without attention. `--sweep` tries block shapes (built in parallel first) and prints the
-best of each product, and the ways of whole layers. Several rows go through the kernel on trial
-unless PYPER_GPU_TRIAL=0; the sweep tries both. Without a GPU: tiny shapes, to see that it runs.
+best of each product, and the ways of whole layers. Without a GPU: tiny shapes, to see that it runs.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from _thin_products import (
     torch_layer,
     weights,
 )
-from _thin_ways import WAYS, Way, blocks, changed, computed
+from _thin_ways import WAYS, blocks, changed, computed
 from _timing import as_graph, copied_bytes_per_second, median_ms
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +42,6 @@ from torch import Tensor
 from pyper.kernels import ThinWeight, thin_linear_torch
 from pyper.kernels.launch import block_of
 from pyper.kernels.thin_linear import Blocks
-from pyper.kernels.thin_streams import DEPTH, stages_of
 from pyper.stages.context import available_cores
 
 STORED = ("bf16", "int8", "fp8")
@@ -59,8 +57,6 @@ SWEEP_FEW = (
     (128, 64, 6, 8),
 )
 """Of several: outputs and inputs of a block, stages, warps; and how many programs share inputs."""
-SWEEP_STREAMS = ((64, 2, 4), (64, 1, 4), (128, 2, 4), (128, 1, 8))
-"""Of the kernel on trial: outputs, programs on a processor, warps."""
 SWEEP_SPLITS = (1, 2, 4, 8)
 LAYER_OF_ONE: dict[str, dict[str, Any]] = {
     "early": {"early": True},
@@ -116,17 +112,11 @@ def sweep(
 def shapes(batch: int, weight: ThinWeight) -> list[tuple[Any, ...]]:
     if batch == 1:
         return shapes_of_one(weight)
-    block_b = max(block_of(batch, 64), 16)
-    streams = (
-        (outputs, DEPTH, stages_of(outputs, block_b, programs), warps, True)
-        for outputs, programs, warps in SWEEP_STREAMS
-    )
     found: list[tuple[Any, ...]] = []
-    every = [*((*few, False) for few in SWEEP_FEW), *streams]
-    for (outputs, depth, stages, warps, by), splits in itertools.product(every, SWEEP_SPLITS):
+    for (outputs, depth, stages, warps), splits in itertools.product(SWEEP_FEW, SWEEP_SPLITS):
         programs = len(weight.weight) // outputs * splits
         if splits == 1 or 64 <= programs <= 300:  # neither idle processors nor two rounds
-            found.append(Blocks(outputs, depth, splits, stages, warps, by))
+            found.append(Blocks(outputs, depth, splits, stages, warps))
     return found
 
 
@@ -149,7 +139,7 @@ def build(job: tuple[str, int, int, str, int]) -> None:
     if name == "layer":
         x, layer = inputs(batch, width, width, {})[0], layers(width, stored, 0)[0]
         for way in [*WAYS.values()][part::PARTS]:
-            with computed(way), suppress(Exception):
+            with computed(**way), suppress(Exception):
                 layer_as_decoding(x)(x, layer)
         return
     n_out, n_in, around = PRODUCTS[name]
@@ -195,13 +185,12 @@ def row_of(
     return row
 
 
-def microseconds_of_way(way: Way, x: Tensor, copies: list[Layer]) -> float:
-    """Of a layer; not a number where it does not run, or not by the kernel that it should."""
-    kernels, n_streamed = layer_as_decoding(x), 4 * way.trial * GPU
+def microseconds_of_way(way: dict[str, int], x: Tensor, copies: list[Layer]) -> float:
+    """Of a layer; not a number where it does not run."""
+    kernels = layer_as_decoding(x)
     try:
-        with computed(way) as counted:
+        with computed(**way):
             ours, reference = kernels(x, copies[0]).float(), torch_layer(x, copies[0]).float()
-            assert counted.call_count == n_streamed, counted.call_count
             off = ((ours - reference).norm() / reference.norm()).item()
             assert off < 0.03, off
             return microseconds(kernels, x, copies, {})

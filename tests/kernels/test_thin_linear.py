@@ -2,9 +2,6 @@
 
 import importlib
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -217,60 +214,3 @@ def test_many_rows_and_wide_types_go_to_the_library() -> None:
     with kernels():
         assert torch.equal(thin_linear(x, weight), thin_linear_torch(x, weight))
     assert DEVICE in str(x.device)
-
-
-BUILD = """
-import importlib
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-def build(kernel, stored, scaled, stages=4, **constants):
-    constants = dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
-                     HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True) | constants
-    absent = {"bias_ptr": None, "residual_ptr": None} | ({} if scaled else {"scale_ptr": None})
-    constants |= absent
-    types = {"weight_ptr": stored, "words_ptr": "*i32", "scale_ptr": "*fp32"}
-    types |= {"B": "i32", "eps": "fp32", "squares_ptr": "*fp32", "next_squares_ptr": "*fp32"}
-    types |= {"part_ptr": "*fp32", "tickets_ptr": "*i32"}
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": 4, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-few = importlib.import_module("pyper.kernels.thin_linear_kernel").thin_linear_block
-one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
-none = ("squares_ptr", "next_gain_ptr", "next_ptr", "next_squares_ptr", "part_ptr", "tickets_ptr")
-few_blocks = dict(D=2048, BLOCK_B=16, BLOCK_N=32, BLOCK_D=256, LINES=16, N_SPLITS=1, N_SQUARES=0)
-few_blocks |= dict(HAS_NEXT=False) | {name: None for name in none}
-one_block = dict(BLOCK_N=4, BLOCK_W=512, EARLY=False, EVICTION="")
-for stored, scaled, name, words in (
-    ("*bf16", False, "bf16", 1024), ("*i8", True, "int8", 512), ("*fp8e4nv", True, "fp8", 512)
-):
-    ptx = build(few, stored, scaled, **few_blocks).asm["ptx"]
-    assert "cp.async" in ptx, stored  # weights are on their way while others are used
-    assert "mma.sync" in ptx or "wgmma" in ptx, stored
-    assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait"), stored
-    many = dict(few_blocks, BLOCK_B=64, BLOCK_N=64, BLOCK_D=128, N_SPLITS=4)
-    for used, given in ("squares_ptr", dict(N_SQUARES=32)), ("next_ptr", dict(HAS_NORM=False)):
-        here = {k: v for k, v in many.items() if k not in (used, "part_ptr", "tickets_ptr")}
-        built = build(few, stored, scaled, stages=3, **(here | given | {"gain_ptr": None}))
-        ptx, loop = built.asm["ptx"], built.asm["ptx"].split("$L__BB0_1:")[1].split("bra")[0]
-        assert "wgmma" in loop and "cp.async" in loop, stored
-        if stored == "*bf16":  # from memory to the products without registers between
-            assert "ld.shared" not in loop and "st.shared" not in loop
-        assert built.metadata.shared <= 113_000, stored  # the next kernel's programs fit beside
-    ptx = build(one, stored, scaled, WORDS=words, STORED=name, **one_block).asm["ptx"]
-    assert "cvt.rn.f32.s8" not in ptx, stored
-    loads = [i for i in range(len(ptx)) if ptx.startswith("ld.global", i)]
-    assert any(i < ptx.index("griddepcontrol.wait") for i in loads), stored  # before it waits
-"""
-
-
-@needs_triton
-@pytest.mark.slow
-def test_the_kernel_builds_for_a_large_gpu_and_reads_ahead() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)

@@ -11,13 +11,18 @@ from torch import Tensor
 from pyper.config import ExpertConfig
 from pyper.generate.narrow_weights import thin_weight
 from pyper.kernels import InputNorm, Turn, launch, paged_attention, thin_linear
-from pyper.kernels.thin_linear import MOST_ROWS, TICKETS, ThinRows, ThinWeight, thin_residual
+from pyper.kernels.thin_linear import (
+    MOST_ROWS,
+    SHARED_BYTES,
+    TICKETS,
+    ThinRows,
+    ThinWeight,
+    thin_residual,
+)
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.attention import Attention
 from pyper.nn.block import Block
 from pyper.nn.feed_forward import FeedForward
-
-_SHARED_BYTES = 200_000
 
 
 class ThinLayers:
@@ -128,4 +133,4 @@ def _has_room(device: torch.device) -> bool:
         return True
     # Not every build of torch knows it; what has so much does.
     properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= _SHARED_BYTES
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= SHARED_BYTES

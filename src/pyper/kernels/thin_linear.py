@@ -24,7 +24,6 @@ from pyper.kernels.activation import activate
 from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
 from pyper.kernels.row_linear import linear_of_row, takes
-from pyper.kernels.thin_streams import DEPTH, fits, stages_of, streamed_linear
 
 if launch.HAS_TRITON:
     from pyper.kernels.thin_linear_kernel import thin_linear_block
@@ -35,8 +34,10 @@ TICKETS = 256
 """As many blocks of outputs may be put together of parts."""
 MOST_LINES = 8
 """Of 128 bytes, of each weight row, are asked for before there is a use for them."""
+SHARED_BYTES = 227 * 1024
+"""A program of a large GPU may have."""
 _PROGRAMS = 96
-"""Each of a large GPU's processors should have a program, or nearly; two where rows are few."""
+"""Each of a large GPU's processors should have one, or nearly."""
 _LEAST_PART = 512
 """Inputs; less are read faster than parts of them are joined."""
 
@@ -185,14 +186,6 @@ def _thin_linear_op(
     if blocks.splits > 1:
         rows = n_blocks * blocks.outputs * (2 if activation == "swiglu" else 1)
         part = x.new_empty(blocks.splits, rows, block_b, dtype=torch.float32)
-    lines = _ahead(D // blocks.splits * weight.element_size())
-    if blocks.streams:
-        streamed_linear(
-            *(x, weight, bias, squares, eps, activation, residual, next_gain),
-            *((out, scaled, out_squares), part, tickets, blocks.outputs, blocks.splits),
-            *(blocks.stages, lines, blocks.warps, overlap),
-        )
-        return out, scaled, out_squares
     thin_linear_block[(n_blocks, blocks.splits)](
         *(x, weight, scale, bias, gain, squares, residual, out),
         *(next_gain, scaled, out_squares, part, tickets, B, eps),
@@ -209,7 +202,7 @@ def _thin_linear_op(
         BLOCK_B=block_b,
         BLOCK_N=blocks.outputs,
         BLOCK_D=blocks.inputs,
-        LINES=lines,
+        LINES=_ahead(D // blocks.splits * weight.element_size()),
         num_stages=blocks.stages,
         num_warps=blocks.warps,
         **overlap_options(overlap, x.device),
@@ -247,43 +240,43 @@ class Blocks(NamedTuple):
     """Programs that share the inputs of a block of outputs."""
     stages: int
     warps: int
-    streams: bool = False
-    """By the kernel on trial, where it fits; its steps are of DEPTH inputs."""
 
 
 def _blocks_of(x: Tensor, weight: Tensor, activation: str, alone: bool) -> Blocks:
     """alone: every program must see all inputs."""
-    (B, D), N = x.shape, _width_of(weight, activation)
-    blocks = _blocks(N, D, B, alone)
+    D, N = x.shape[1], _width_of(weight, activation)
+    blocks = _blocks(weight, len(x), activation, alone)
     width = min(blocks.inputs, max(block_of(D, 1 << 20), 16))
     # An input's part is a block at least.
     splits = min(blocks.splits, -(-D // width)) if -(-N // blocks.outputs) <= TICKETS else 1
-    blocks = blocks._replace(inputs=width, splits=1 if alone else splits)
-    streams = blocks.streams and not alone
-    streams = streams and fits(x, weight, blocks.outputs, blocks.splits, activation)
-    return blocks._replace(streams=streams)
+    return blocks._replace(inputs=width, splits=1 if alone else splits)
 
 
-def _blocks(n_outputs: int, n_inputs: int, n_rows: int, alone: bool) -> Blocks:
-    """Each of a large GPU's processors should have a program, and room for one of the next kernel.
+def _blocks(weight: Tensor, n_rows: int, activation: str, alone: bool) -> Blocks:
+    """As `_wanted`, with no more stages than there is memory for."""
+    blocks = _wanted(weight, n_rows, _width_of(weight, activation), alone)
+    n_bytes = blocks.outputs * (2 if activation == "swiglu" else 1) * weight.element_size()
+    of_stage = blocks.inputs * (n_bytes + max(block_of(n_rows, MOST_ROWS), 16) * 2)
+    return blocks._replace(stages=min(blocks.stages, SHARED_BYTES // of_stage))
 
-    Of its 227 kB of shared memory, a program fills 100 with what is on its way. Few rows are not
-    worth a pause: with two programs, a processor reads on while one of them joins its parts.
+
+def _wanted(weight: Tensor, n_rows: int, n_outputs: int, alone: bool) -> Blocks:
+    """Each of a large GPU's processors should have a program, and much on its way.
+
+    Eight bits are widened before they are used: of few rows, two programs take turns.
     """
-    few = n_rows <= 16
+    few, narrow = n_rows <= 16, weight.element_size() == 1
+    if alone and n_outputs <= 4096:
+        return Blocks(16, 256, 1, 4, 4)
     if alone:
-        if n_outputs <= 4096:
-            return Blocks(16, 256, 1, 4, 4)
         return Blocks(64, 256, 1, 4 if few else 3, 4)
-    if n_outputs >= 16384 and not few and not launch.ON_TRIAL:  # half as many programs read rows
+    if n_outputs >= 16384 and not few:  # half as many programs read the rows
         return Blocks(128, 64, 1, 4, 4)
-    block_b = max(block_of(n_rows, MOST_ROWS), 16)
-    programs = 2 * _PROGRAMS if few else _PROGRAMS
+    programs = 2 * _PROGRAMS if few and narrow else _PROGRAMS
     splits = block_of(-(-programs // -(-n_outputs // 64)), 8)
-    splits = min(splits, 1 << max(n_inputs // _LEAST_PART, 1).bit_length() >> 1)
-    if launch.ON_TRIAL:
-        return Blocks(64, DEPTH, splits, stages_of(64, block_b), 4, streams=True)
-    return Blocks(64, 128, splits, 100 * 1024 // ((64 + block_b) * 128 * 2), 4)
+    splits = min(splits, 1 << max(weight.shape[1] // _LEAST_PART, 1).bit_length() >> 1)
+    stages = 5 if few or not narrow else 4 if n_rows <= 32 else 3
+    return Blocks(64, 128, splits, stages, 4)
 
 
 def _outputs(

@@ -25,7 +25,7 @@ def _scaled(sums, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS):
 
 
 @triton.jit
-def finish(
+def _finish(
     sums,
     values,
     n,
@@ -67,7 +67,7 @@ def finish(
 
 
 @triton.jit
-def joined(part_ptr, at, N_SPLITS: tl.constexpr, size: tl.constexpr):
+def _joined(part_ptr, at, N_SPLITS: tl.constexpr, size: tl.constexpr):
     """The sum of all parts, in their order."""
     # Others may have written them: not from a cache of this processor.
     total = tl.load(part_ptr + at, cache_modifier=".cg")
@@ -167,7 +167,7 @@ def thin_linear_block(
     added = (scale_ptr, bias_ptr, residual_ptr)
     outputs = (out_ptr, next_gain_ptr, next_ptr, next_squares_ptr)
     if N_SPLITS == 1:
-        finish(
+        _finish(
             *(sums, values, n, b, added, outputs, B, N, ACTIVATION, HAS_SCALE, HAS_BIAS),
             *(HAS_RESIDUAL, HAS_NEXT),
         )
@@ -184,10 +184,10 @@ def thin_linear_block(
         ticket = tickets_ptr + tl.program_id(0)
         if tl.atomic_add(ticket, 1, sem="acq_rel") == N_SPLITS - 1:
             tl.debug_barrier()
-            sums = joined(part_ptr, at, N_SPLITS, size)
+            sums = _joined(part_ptr, at, N_SPLITS, size)
             if GATED:
-                values = joined(part_ptr + block, at, N_SPLITS, size)
-            finish(
+                values = _joined(part_ptr + block, at, N_SPLITS, size)
+            _finish(
                 *(sums, values, n, b, added, outputs, B, N, ACTIVATION, HAS_SCALE, HAS_BIAS),
                 *(HAS_RESIDUAL, HAS_NEXT),
             )
