@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-os.environ.setdefault("PYPER_GPU_TRIAL", "1")
-
 from pyper.stages.context import available_cores
 
 

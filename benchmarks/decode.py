@@ -7,11 +7,13 @@ numbers say only that everything runs. Each row writes greedily after a random p
 quarter of `--context`, with batch 1 and `--batch`; the first token is that of a 1,024-token prompt
 (or half the model's context). The share is the weights' bytes a second (without the input table)
 of what the card copies a second. Two experts mix at every token: their ratio is the time of a
-token to twice that of one expert.
+token to twice that of one expert. "One kernel": a single text's token as one, and whatever else is
+on trial (`PYPER_GPU_TRIAL=1`); all other rows go without.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -48,6 +50,8 @@ ROWS = [
     "Pyper",
     "Pyper, sampled",
     "Pyper, int8",
+    "Pyper, one kernel",
+    "Pyper, one kernel, int8",
     "Pyper, fp8",
     "Pyper, two experts",
     "Pyper compiled",
@@ -294,7 +298,9 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in args.only:
         command = [sys.executable, __file__, *shape, f"--vocabulary={args.vocabulary}"]
         command += ["--profile"] if args.profile else []
-        done = subprocess.run([*command, "--row", row], capture_output=True, text=True, check=False)
+        command += ["--row", row]
+        environment = os.environ | {"PYPER_GPU_TRIAL": str(int("one kernel" in row))}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             yield row, {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
         else:

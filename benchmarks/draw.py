@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyper.generate import SamplingBatch, SamplingConfig
 from pyper.generate.sampling import draw_torch
-from pyper.kernels import drawing
+from pyper.kernels import drawing, launch
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -50,7 +50,7 @@ def ways(name: str, batch: int, log_probs: Tensor) -> dict[str, Step]:
     def kernel(_: int) -> object:
         return drawing.draw_rows(log_probs, rules.rules, uniforms)
 
-    return {"torch": usual} | ({"kernel": kernel} if drawing.takes(log_probs) else {})
+    return {"torch": usual} | ({"kernel": kernel} if launch.runs_triton(log_probs) else {})
 
 
 def main() -> None:
