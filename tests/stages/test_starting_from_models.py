@@ -11,7 +11,13 @@ import torch
 from sparse_runs import open_quietly, sparse_run
 from torch import Tensor
 
-from pyper.checkpoint import load_checkpoint
+from pyper.checkpoint import (
+    load_checkpoint,
+    read_manifest,
+    read_tensors,
+    write_folder_atomically,
+    write_tensors,
+)
 from pyper.config import PrepareConfig, RunConfig
 from pyper.data import prepare
 from pyper.errors import CheckpointError, ConfigError, PyperError, TokenizerError
@@ -138,6 +144,43 @@ def _is_one_line_with_a_way_out(error: PyperError, way_out: str) -> None:
     assert "\n" not in error.message
     assert error.hint
     assert way_out in error.hint
+
+
+def with_other_weights(mixture: Path, folder: Path, change: str) -> Path:
+    """A copy whose hashes are right, and whose weights are not those of its shape."""
+    weights = next(mixture.glob("experts/*/model.safetensors")).relative_to(mixture)
+    metadata = read_manifest(mixture).metadata
+    with write_folder_atomically(folder, metadata=metadata) as made:
+        shutil.copytree(mixture, made, dirs_exist_ok=True)
+        (made / "MANIFEST.json").unlink()
+        tensors = {k: t.clone() for k, t in read_tensors(mixture / weights).items()}
+        if change == "narrow":
+            tensors["norm.weight"] = tensors["norm.weight"][:-1].clone()
+        else:
+            tensors.pop(change)
+        write_tensors(made / weights, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("change", ["embedding.weight", "norm.weight", "narrow", "damage"])
+def test_weights_that_do_not_fit_are_refused_before_the_run_has_a_folder(
+    finished_sparse: Finished, data_folder: Path, tmp_path: Path, change: str
+) -> None:
+    good = finished_sparse("sparse") / "mixture"
+    if change == "damage":
+        bad = Path(shutil.copytree(good, tmp_path / "bad"))
+        file = next(bad.glob("experts/*/model.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        bad = with_other_weights(good, tmp_path / "bad", change)
+    with pytest.raises(CheckpointError) as caught:
+        open_quietly(going_on(bad, tmp_path / "on", data_folder))
+    _is_one_line_with_a_way_out(caught.value, "")
+    assert str(bad) in caught.value.message
+    assert not (tmp_path / "on").exists()
+    train_only(open_quietly(going_on(good, tmp_path / "on", data_folder)), ["expert:0"])
 
 
 def test_a_mixture_of_several_names_one_of_them(

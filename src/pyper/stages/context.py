@@ -11,9 +11,9 @@ from pyper.config import ExpertConfig, RunConfig, TrainConfig
 from pyper.config.explain import nearest
 from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
-from pyper.stages.folder import RunFolder, open_run
+from pyper.stages.folder import RunFolder, folder_of, has_begun, open_run
 from pyper.stages.process import keep_freed_memory
-from pyper.stages.start import open_start
+from pyper.stages.start import check_start, open_start
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Context:
 def open_context(run: RunConfig, console: Console) -> Context:
     """Check the data, resolve what follows from it, open the run folder, ready the process.
 
-    Raises DataError, ConfigError, TokenizerError, StorageError.
+    Raises DataError, ConfigError, TokenizerError, StorageError, CheckpointError.
     """
     keep_freed_memory()
     data = TokenData.open(run.data.path)
     device = pick_device(run.run.device)
     resolved = resolve_precision(resolve(run, data), device)
+    start = resolved.train.start_from
+    if start is not None and not has_begun(folder_of(resolved)):  # or the folder bound the next try
+        check_start(start)
     folder = open_run(resolved, data.manifest)
     return Context(resolved, data, folder, device, console)
 

@@ -89,15 +89,20 @@ class RunFolder:
         return self.root / "routers" / f"{index:02d}"
 
 
+def folder_of(run: RunConfig) -> RunFolder:
+    """Where a run is, or will be."""
+    return RunFolder(run.run.folder or Path("runs/run"))
+
+
 def open_run(run: RunConfig, data: DataManifest) -> RunFolder:
     """Create the folder of a run, or check that an existing one has the same settings and data.
 
     Raises ConfigError that names the first setting that differs, DataError when the data are not
     those that the run was begun with, StorageError.
     """
-    folder = RunFolder(run.run.folder or Path("runs/run"))
+    folder = folder_of(run)
     _make_folder(folder.root)
-    existing, begun = folder.root / "run.toml", _has_begun(folder)
+    existing, begun = folder.root / "run.toml", has_begun(folder)
     if begun and existing.is_file():
         _refuse_other_settings(parse_run(read_toml(existing)), run, folder.root)
     _write_run_file(existing, to_toml(run.model_dump(mode="json", exclude_none=True)))
@@ -108,7 +113,7 @@ def open_run(run: RunConfig, data: DataManifest) -> RunFolder:
     return folder
 
 
-def _has_begun(folder: RunFolder) -> bool:
+def has_begun(folder: RunFolder) -> bool:
     """Whether anything was made; a first command that failed binds nobody to its settings."""
     first = (folder.assignment, folder.root / "discovery", folder.seed, folder.control)
     return any(path.exists() for path in (*first, folder.root / "experts"))

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pyper.checkpoint import load_checkpoint, load_model_tensors, verify_manifest
 from pyper.config import ExpertConfig, RunConfig, parse_run, read_toml
 from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
-from pyper.mixture.expert_folder import read_expert_config
+from pyper.mixture.expert_folder import build_expert, read_expert_config
 from pyper.mixture.store import expert_folders, find_mixture, read_settings
 from pyper.stages.folder import read_json
+
+_TABLE = "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
     own = read_settings(mixture).tokenizer_fingerprint
     _check_tokenizer(path, own, tokenizer_fingerprint, mixture / "tokenizer.json")
     return Start(read_expert_config(mixture / name / "config.json"), partial(_load, mixture, name))
+
+
+def check_start(path: Path) -> None:
+    """Read the weights of `train.start_from` and see that they fit their shape.
+
+    Raises what `open_start` raises, and CheckpointError where they are damaged or others.
+    """
+    start = open_start(path, None)
+    tensors = start.load()
+    hint = "copy it again, whole, from where it was made"
+    if _TABLE not in tensors:
+        raise CheckpointError(f"`train.start_from`: {path} has no `{_TABLE}`", hint=hint)
+    try:
+        build_expert(start.config, tensors, device=torch.device("cpu"), keep=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"`train.start_from`: {path}: {error.message}", hint=hint) from None
 
 
 @dataclass(frozen=True)
