@@ -30,6 +30,30 @@ def has_fixed_shapes(model: Transformer) -> bool:
     return model.config.kind == "dense"
 
 
+def layers_for(
+    model: Transformer,
+    store: KVStore,
+    batch: int,
+    max_tokens: int,
+    *,
+    compiled: bool,
+    thin: bool | None,
+) -> ThinLayers | UsualLayers | WholeLayers:
+    """In as few kernels as can be: one for a token, five a layer, or as they are written.
+
+    thin: the layers are kernels for few rows; None: where those run, unless compiled.
+    """
+    if thin is None:
+        thin = not compiled and ThinLayers.pay_for(model, batch)
+    if thin and ON_TRIAL and WholeLayers.pay_for(model, batch):
+        return WholeLayers(model, store, max_tokens)
+    every, c = torch.arange(max_tokens, device=model.device), model.config
+    cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
+    if thin:
+        return ThinLayers(cos, sin, batch * c.kv_heads)
+    return UsualLayers(cos, sin, compiled=compiled)
+
+
 class DecodeStep:
     """Reads one token per row; every replay reads and writes the same memory."""
 
@@ -46,22 +70,13 @@ class DecodeStep:
     ) -> None:
         """max_tokens: the longest text. pool: memory that graphs which never overlap may share.
 
-        thin: layers as kernels for few rows; None: where those run, unless compiled.
+        compiled, thin: see `layers_for`.
         """
         self.store, self.batch = store, batch
         n_pages = -(-max_tokens // PAGE_TOKENS)
         self._inputs = StepInputs(batch, n_pages, model.device)
-        if thin is None:
-            thin = not compiled and ThinLayers.pay_for(model, batch)
-        every, c = torch.arange(n_pages * PAGE_TOKENS, device=model.device), model.config
-        cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
-        self._layers: ThinLayers | UsualLayers | WholeLayers
-        if thin and ON_TRIAL and WholeLayers.pay_for(model, batch):
-            self._layers = WholeLayers(model, store, n_pages * PAGE_TOKENS)
-        elif thin:
-            self._layers = ThinLayers(cos, sin, batch * c.kv_heads)
-        else:
-            self._layers = UsualLayers(cos, sin, compiled=compiled)
+        longest = n_pages * PAGE_TOKENS
+        self._layers = layers_for(model, store, batch, longest, compiled=compiled, thin=thin)
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             self._record(model, pool)
