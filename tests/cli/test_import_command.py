@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from cli.conftest import Ended
 from export.small_stock import save_stock, stock_model
@@ -41,6 +42,27 @@ def test_it_says_what_it_imported(pyper: Pyper, stock: Path, tmp_path: Path) -> 
     shown = pyper("import", stock, "-o", tmp_path / "seed").stdout
     for words in ("43 rows without a token", "<|bos|>", "64 tokens", "train.start_from"):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("ends", "names", "words"),
+    [
+        ([66, 0], ["<|bos|>", "A"], "<|bos|> (0), A (66)"),
+        ([257, 7, 299], ["\x06", "[/end]", None], "␆ (7), [/end] (257), no token (299)"),
+        ([], [], "the same"),
+    ],
+)
+def test_what_ends_a_text_is_named(
+    pyper: Pyper, stock: Path, tmp_path: Path, ends: list[int], names: list[str], words: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(stock / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[/end]"])
+    tokenizer.save(str(stock / "tokenizer.json"))
+    (stock / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    facts = json.loads(pyper("import", stock, "-o", tmp_path / "seed", "--json").stdout)
+    assert (facts["stop_ids"], facts["stop_tokens"]) == (sorted(ends), names)
+    shown = pyper("import", stock, "-o", tmp_path / "seed").stdout
+    assert words in " ".join(shown.split())
 
 
 def test_it_writes_and_is_whole(pyper: Pyper, seed: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -28,6 +29,7 @@ from pyper.mixture import MixtureSettings, build_expert
 from pyper.nn import Transformer
 from pyper.stages.change import refuse_overwriting
 from pyper.stages.merge import save_single
+from pyper.stages.write import visible
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CHECKED_TOKENS = 48
@@ -167,8 +169,17 @@ def _facts(
         "bos_source": opened.tokenizer.bos_source,
         "bos_id": settings.bos_id,
         "stop_ids": list(settings.stop_ids),
+        "stop_tokens": [_name_of(index, opened.tokenizer) for index in settings.stop_ids],
         "notes": list(opened.foreign.notes),
     }
+
+
+def _name_of(index: int, foreign: ForeignTokenizer) -> str | None:
+    """How a token is spelled; None for a row of the tables that has no token."""
+    tokenizer = foreign.tokenizer
+    if index == tokenizer.bos_id:
+        return foreign.bos
+    return (tokenizer.decode([index]) if index < tokenizer.vocab_size else "") or None
 
 
 @torch.no_grad()
@@ -223,8 +234,8 @@ def import_table(result: dict[str, Any]) -> Table:
     padding = result["vocab_size"] - result["tokens"]
     spare = f", {padding:,} rows without a token" if padding else ""
     table.add_row("vocabulary", f"{result['tokens']:,} tokens{spare}")
-    table.add_row("documents begin with", f"{result['bos']} ({result['bos_source']})")
-    table.add_row("texts end with", ", ".join(map(str, result["stop_ids"])) or "the same")
+    table.add_row("documents begin with", escape(f"{result['bos']} ({result['bos_source']})"))
+    table.add_row("texts end with", escape(_stops_of(result)) or "the same")
     table.add_row("chat template", "kept" if result["chat_template"] else "none")
     for note in result["notes"]:
         table.add_row("note", note)
@@ -235,3 +246,9 @@ def import_table(result: dict[str, Any]) -> Table:
     table.add_row("", f"pyper prepare TEXTS -o DATA --tokenizer {result['path']}/tokenizer.json")
     table.add_row("", f"pyper train RUN.toml --set train.start_from={result['path']}")
     return table
+
+
+def _stops_of(result: dict[str, Any]) -> str:
+    """Names with ids; a name may be a control character."""
+    stops = zip(result["stop_tokens"], result["stop_ids"], strict=True)
+    return ", ".join(f"{visible(name or 'no token')} ({index})" for name, index in stops)
