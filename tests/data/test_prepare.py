@@ -253,3 +253,45 @@ def test_the_table_shows_names_as_they_are(tmp_path: Path) -> None:
     shown = stream.getvalue()
     assert "a[bold]b" in shown
     assert "d[red]:" in shown
+
+
+@pytest.fixture
+def case_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, where `law` is there as soon as `Law` is."""
+    exists = Path.exists
+
+    def in_any_case(path: Path) -> bool:
+        siblings = [e.name.lower() for e in path.parent.iterdir()] if path.parent.is_dir() else []
+        return exists(path) or path.name.lower() in siblings
+
+    monkeypatch.setattr(Path, "exists", in_any_case)
+
+
+@pytest.mark.usefixtures("case_does_not_count")
+@pytest.mark.parametrize("by_column", [False, True])
+def test_domains_that_the_file_system_takes_for_one_are_refused(
+    tmp_path: Path, by_column: bool
+) -> None:
+    names = {"Law": make_texts(20, seed=1), "law": make_texts(20, seed=2)}
+    if by_column:
+        (tmp_path / "in").mkdir()
+        records = [{"text": t, "kind": name} for name, texts in names.items() for t in texts]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "in" / "all.jsonl").write_text(lines)
+    else:
+        for name, texts in names.items():
+            write_jsonl(tmp_path / "in" / name / "a.jsonl", texts)
+    config = BYTES.model_copy(update={"columns": {"domain": "kind"} if by_column else {}})
+    with pytest.raises(DataError, match="`Law` and `law`") as caught:
+        prepare([tmp_path / "in"], tmp_path / "new" / "out", config)
+    assert caught.value.hint
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+def test_domains_that_differ_in_case_are_two_where_that_counts(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "Law" / "a.jsonl", make_texts(20, seed=1))
+    write_jsonl(tmp_path / "in" / "law" / "a.jsonl", make_texts(20, seed=2))
+    if len(list((tmp_path / "in").iterdir())) < 2:
+        pytest.skip("this file system does not tell them apart")
+    manifest = prepare([tmp_path / "in"], tmp_path / "out", BYTES)
+    assert list(manifest.domains) == ["Law", "law"]

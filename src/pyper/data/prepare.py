@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pyper.config import PrepareConfig
+from pyper.data.alike_names import refuse_alike
 from pyper.data.chat_template import TEMPLATE_FILE
 from pyper.data.chats import Chats
 from pyper.data.counts import ReadCounts, say_count
@@ -61,12 +62,15 @@ def prepare(
     and 16 for where it starts in its shard; a file of plain text is held whole. `warn` is told when
     a tokenizer changes text.
 
-    Raises DataError for sources without text, a domain without training text, a filter that cannot
-    be used or keeps nothing, and an `output` that holds something else; TokenizerError, for one
+    Raises DataError for sources without text, a domain without training text, domains whose names
+    the file system takes for one, a filter that cannot be used or keeps nothing, and an `output`
+    that holds something else; TokenizerError, for one
     that changes text under `strict_tokenizer`; StorageError when `output` cannot be written.
     """
     files, skipped = find_files(sources)
     _refuse_nesting(sources, output)
+    if "domain" not in config.columns:
+        refuse_alike((f.domain for f in files), output)
     loaded = _load_tokenizer(config)
     chats = Chats(config, loaded)
     settings = _settings(config, loaded, chats)
@@ -78,7 +82,7 @@ def prepare(
         return finished
     counts = ReadCounts(skipped_files=skipped)
     documents = _Unique(files, config, chats)
-    plans, samples = _scan(documents, counts, progress)
+    plans, samples = _scan(documents, output, counts, progress)
     tokenizer = loaded or _train_tokenizer(plans, samples, config)
     if config.tokenizer not in ("bpe", "bytes"):
         _check_round_trip(tokenizer, plans, samples, config, warn)
@@ -183,7 +187,7 @@ class _Unique:
 
 
 def _scan(
-    documents: _Unique, counts: ReadCounts, progress: Progress | None
+    documents: _Unique, output: Path, counts: ReadCounts, progress: Progress | None
 ) -> tuple[dict[str, DomainPlan], dict[str, TextSample]]:
     """The first pass: how each domain is split, and text for the tokenizer."""
     files, config = documents.files, documents.config
@@ -196,6 +200,7 @@ def _scan(
     for document, digest in documents.read(counts):
         plan = plans.get(document.domain)
         if plan is None:  # a column names it
+            refuse_alike([*plans, document.domain], output)
             plan = plans[document.domain] = plan_domain(set(), config)
             add_sample(samples, document.domain)
         plan.observe(document, digest)
