@@ -21,7 +21,9 @@ SHAPES = [
     ((3, 4, 2, 16), [1, 16, 17]),
     ((2, 8, 1, 24), [64, 65]),
     ((5, 6, 2, 32), [2, 31, 129, 15, 70]),
-    ((17, 16, 16, 8), list(range(1, 18))),  # so many that there is one part
+    ((2, 4, 4, 256), [1, 80]),  # rows too wide for long blocks
+    ((3, 48, 48, 8), [1, 64, 130]),  # so many that there is one part
+    ((17, 16, 16, 8), list(range(1, 18))),
 ]
 
 
@@ -185,6 +187,24 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
         torch.library.opcheck(module._paged_attention_op, given)
 
 
+@pytest.mark.parametrize(
+    ("n_texts", "row_bytes", "parts"),
+    [
+        (1, 256, (16, 32, 3, 4)),
+        (2, 256, (8, 64, 5, 8)),
+        (8, 256, (2, 64, 5, 8)),
+        (8, 512, (4, 32, 3, 4)),
+        (16, 256, (1, 64, 5, 8)),
+        (64, 256, (1, 64, 3, 4)),
+    ],
+)
+def test_a_few_texts_have_few_programs(
+    n_texts: int, row_bytes: int, parts: tuple[int, ...]
+) -> None:
+    module = importlib.import_module("pyper.kernels.paged_attention")
+    assert module._parts(n_texts, 16, row_bytes) == parts
+
+
 BUILD = """
 import importlib
 import triton
@@ -199,7 +219,7 @@ def build(kernel, types, constants, warps):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "num_stages": 3}
+    options = {"num_warps": warps, "num_stages": constants.get("STAGES", 3)}
     return triton.compile(source, target=target, options=options).asm["ptx"]
 
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -208,10 +228,11 @@ numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "STAGES": 3}
-ptx = build(module.attend_part, sums | numbers, shape, 4)
-assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
-assert "mma.sync" in ptx
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
+for stages, warps in (3, 4), (5, 8):
+    ptx = build(module.attend_part, sums | numbers, shape | {"STAGES": stages}, warps)
+    assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
+    assert "mma.sync" in ptx
 build(module.join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
 """
 

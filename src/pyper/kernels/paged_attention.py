@@ -21,6 +21,8 @@ if launch.HAS_TRITON:
 
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
+# Of few texts, half as many do, of eight warps and with twice as much on its way.
+_FEW_PROGRAMS = 256
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,14 @@ class Parts(NamedTuple):
     warps: int
 
 
-def _parts(n_heads: int, row_bytes: int) -> Parts:
-    """n_heads: of keys, in all texts. Four programs share a processor, and its memory."""
+def _parts(n_texts: int, n_kv_heads: int, row_bytes: int) -> Parts:
+    """Four programs share a processor, and its memory; of few texts two, with more on its way."""
+    n_heads, long = n_texts * n_kv_heads, row_bytes <= 256  # rows of which there is room for 64
+    if long and n_texts > 1 and n_heads <= _FEW_PROGRAMS:
+        return Parts(block_of(_FEW_PROGRAMS // n_heads, _MOST_PARTS), 64, 5, 8)
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
     # Short parts fill no long block.
-    return Parts(n_parts, 64 if n_parts == 1 and row_bytes <= 256 else 32, 3, 4)
+    return Parts(n_parts, 64 if n_parts == 1 and long else 32, 3, 4)
 
 
 @torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values", "tickets"))
@@ -155,7 +160,7 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    n_parts, tokens, stages, warps = _parts(B * n_kv_heads, width * query.element_size())
+    n_parts, tokens, stages, warps = _parts(B, n_kv_heads, width * query.element_size())
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
