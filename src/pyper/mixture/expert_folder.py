@@ -66,10 +66,12 @@ def build_expert(
     """
     with torch.device("meta"), _NoRandomNumbers():
         model = Transformer(config)
+    if config.tie_embeddings:  # to_empty would give the shared matrix two homes
+        model.head.register_parameter("weight", None)
     dtype = tensors["embedding.weight"].dtype
     model = model.to(dtype).to_empty(device=device)
     load_tensors_into(model, tensors, keep=keep)
-    if config.tie_embeddings:  # to_empty gave the shared matrix two homes
+    if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()
 
