@@ -38,6 +38,11 @@ def write_records(path: Path, records: list[Any]) -> Path:
     return path
 
 
+def write_array(path: Path, records: list[Any]) -> Path:
+    path.write_text(json.dumps(records))
+    return path
+
+
 def chats(n: int) -> list[dict[str, Any]]:
     """Different chats; every answer begins with `A`, and nothing else holds that letter."""
     return [
@@ -140,6 +145,40 @@ def test_records_of_both_kinds_mix_and_what_is_neither_is_counted(tmp_path: Path
     assert (counts.chats, counts.chats_without_answers, counts.malformed_lines) == (2, 1, 1)
     named, _ = read(path, columns="messages=messages")
     assert [d.answers is not None for d in named] == [True, False, True]
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w"}}]}
+
+
+def test_calls_of_tools_are_left_out_and_counted(tmp_path: Path) -> None:
+    called = {"messages": [CHAT[1], CALL, {"role": "tool", "content": "20"}, CHAT[2]]}
+    records = [called, {"messages": CHAT}, called, {"text": None, "messages": [CALL]}]
+    for path in (
+        write_records(tmp_path / "a.jsonl", records),
+        write_array(tmp_path / "b.json", records),
+    ):
+        documents, counts = read(path)
+        assert (len(documents), counts.malformed_lines, counts.chats) == (1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([CHAT[1], CALL], "message 2 has no text in its `content`"),
+        ([{"role": None, "content": "a"}], "message 1 has no `role`"),
+        ([CHAT[1], None], "message 2 has no `role`"),
+        ([], "there are no messages"),
+    ],
+)
+def test_a_file_without_one_good_chat_says_what_the_first_lacks(
+    tmp_path: Path, messages: list[Any], why: str
+) -> None:
+    lines = write_records(tmp_path / "a.jsonl", [{"messages": messages}] * 2)
+    with pytest.raises(DataError, match=f"the first bad line is 1: {why}"):
+        read(lines)
+    array = write_array(tmp_path / "b.json", [{"messages": messages}] * 2)
+    with pytest.raises(DataError, match=f"the first bad row is 0: {why}"):
+        read(array)
 
 
 def test_messages_under_a_name_that_no_record_has_are_missed_by_that_name(tmp_path: Path) -> None:

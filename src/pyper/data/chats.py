@@ -93,6 +93,7 @@ def read_messages(value: list[Any]) -> list[Message] | None:
     """Messages as `role` and `content`; None when they are something else.
 
     Reads OpenAI's form, whose content may be a list of parts, and ShareGPT's `from` and `value`.
+    Calls of tools, whose content is null, are something else: templates write them each in its way.
     """
     messages = []
     for item in value:
@@ -105,6 +106,16 @@ def read_messages(value: list[Any]) -> list[Message] | None:
             return None
         messages.append({"role": _ROLES.get(role, role), "content": content})
     return messages or None
+
+
+def fault_of(value: list[Any]) -> str:
+    """Why `read_messages` cannot read these, for people; nothing where it can."""
+    for number, item in enumerate(value, start=1):
+        if read_messages([item]) is None:
+            role = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
+            missing = "text in its `content`" if isinstance(role, str) else "`role`"
+            return f"message {number} has no {missing}"
+    return "" if value else "there are no messages"
 
 
 def _join(parts: list[Any]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyper.config import PrepareConfig
-from pyper.data.chats import Chat, Chats, read_messages
+from pyper.data.chats import Chat, Chats, fault_of, read_messages
 from pyper.data.cleaning import clean, decode
 from pyper.data.counts import ReadCounts
 from pyper.data.filters import Filter
@@ -116,7 +116,8 @@ class _Reader:
                 self._counts.malformed_lines += read is None
                 self._counts.refused_chats += read is not None
                 if not first_bad:
-                    first_bad, refused = f"{place[1:]}{f': {read}' if read else ''}", bool(read)
+                    why = str(read or self._fault_of(record))
+                    first_bad, refused = f"{place[1:]}{f': {why}' if why else ''}", bool(read)
                 continue
             good += 1
             yield self._keep(file, record or {}, read, place)
@@ -174,6 +175,11 @@ class _Reader:
             return self._chats.render(cleaned)
         except PromptError as error:
             return error
+
+    def _fault_of(self, record: Mapping[str, Any] | None) -> str:
+        """What is wrong with the messages of a record; nothing where it has none."""
+        key = None if record is None else self._chats.key_in(record)
+        return "" if record is None or key is None else fault_of(record[key])
 
     def _keep(
         self,
