@@ -132,12 +132,12 @@ def main() -> None:
             for resident in args.resident:
                 row = measure(args, folder, stream, resident)
                 results[f"{stream}, {resident}"] = row
+                write_record(args.json, results)
                 cells = [str(row.get(key, "")) for key in keys]
                 table.add_row(
                     stream, str(resident), *([row["failed"]] if "failed" in row else cells)
                 )
     Console().print(table)
-    write_record(args.json, results)
 
 
 if __name__ == "__main__":
