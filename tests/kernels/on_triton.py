@@ -55,7 +55,31 @@ def kernels() -> Iterator[None]:
         mock.patch.object(launch, "runs_triton", takes),
         mock.patch.object(interpreter, "_patch_lang_tensor", patches),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
+        _boolean_masks(),
         np.errstate(over="ignore"),  # exp of much is infinite; a GPU does not warn of it
+    ):
+        yield
+
+
+@contextmanager
+def _boolean_masks() -> Iterator[None]:
+    """The interpreter (3.9) makes whole numbers of comparing two scalars, then refuses them."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def boolean(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def loaded(builder: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
+        return load(builder, pointers, boolean(mask), *rest, **more)
+
+    def stored(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(builder, pointers, value, boolean(mask), *rest)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", loaded),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", stored),
     ):
         yield
 
