@@ -51,6 +51,7 @@ def structured_text(batch: int, seed: int, length: int = LENGTH) -> Tensor:
 
 
 @cache
+@torch.enable_grad()  # whoever asks first may be a test without
 def trained(name: str) -> Transformer:
     """In float64 and evaluation mode, with thresholds and biases as training left them.
 
