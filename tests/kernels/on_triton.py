@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyper.kernels import launch
+from pyper.nn.rope import rotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -108,6 +109,13 @@ def poisoned() -> Iterator[None]:
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def angles(rows: int, T: int, K: int, *, by_row: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0 … T − 1, or of others in every row."""
+    at = torch.arange(rows * T).view(rows, T) * 7 % 11 if by_row else torch.arange(T)
+    cos, sin = rotation(at.to(DEVICE), K, 10_000.0, None)
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
 def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

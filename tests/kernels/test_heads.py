@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.on_triton import (
     DEVICE,
+    angles,
     compare_compiled,
     error,
     kernels,
@@ -24,7 +25,6 @@ from kernels.on_triton import (
     random,
 )
 from pyper.kernels import heads, normed_heads, normed_heads_torch
-from pyper.nn.rope import rotation
 
 EPS = 1e-3
 Shape = tuple[int, int, int, int, int, int]
@@ -36,13 +36,6 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def angles(rows: int, T: int, K: int, *, by_row: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0 … T − 1, or of others in every row."""
-    at = torch.arange(rows * T).view(rows, T) * 7 % 11 if by_row else torch.arange(T)
-    cos, sin = rotation(at.to(DEVICE), K, 10_000.0, None)
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
 def naive(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.on_triton import (
     DEVICE,
+    angles,
     compare_compiled,
     error,
     kernels,
@@ -21,7 +22,6 @@ from kernels.on_triton import (
     random,
 )
 from pyper.kernels import rotary, rotated_heads, rotated_heads_torch
-from pyper.nn.rope import rotation
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
@@ -31,13 +31,6 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def angles(B: int, T: int, K: int, *, by_row: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0 … T − 1, or of others in every row."""
-    at = torch.arange(B * T).view(B, T) * 7 % 11 if by_row else torch.arange(T)
-    cos, sin = rotation(at.to(DEVICE), K, 10_000.0, None)
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
 def naive(
