@@ -44,9 +44,11 @@ def whole_token_of(model: Transformer, store: KVStore, max_tokens: int) -> Whole
     """The kernel of a model and the cache that it writes."""
     c = model.config
     every = torch.arange(max_tokens, device=model.device)
-    turn = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
+    cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)
+    # A layer without positions turns by nothing.
+    still = torch.ones_like(cos), torch.zeros_like(sin)
     layers = [
-        _layer(block, turn, keys, values)
+        _layer(block, (cos, sin), still, keys, values)
         for block, keys, values in zip(model.blocks, store.keys, store.values, strict=True)
     ]
     shape = TokenShape(
@@ -62,13 +64,15 @@ def whole_token_of(model: Transformer, store: KVStore, max_tokens: int) -> Whole
 
 
 def _layer(
-    block: torch.nn.Module, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    block: torch.nn.Module,
+    turn: tuple[Tensor, Tensor],
+    still: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
 ) -> TokenLayer:
     assert isinstance(block, Block)
     attention, inner = _parts_of(block)
-    # A layer without positions turns by nothing.
-    plain = torch.ones_like(turn[0]), torch.zeros_like(turn[1])
-    cos, sin = turn if attention.rotates else plain
+    cos, sin = turn if attention.rotates else still
     gains = None
     if attention.q_norm is not None and attention.k_norm is not None:
         gains = (attention.q_norm.weight, attention.k_norm.weight)

@@ -32,14 +32,19 @@ def can_overlap(device: torch.device) -> bool:
 if launch.HAS_TRITON:
 
     @triton.jit
-    def wait_for_others(OVERLAP: tl.constexpr):
+    def wait_for_others(OVERLAP: tl.constexpr, EARLY: tl.constexpr = False):
         """Before this, a kernel reads what no kernel writes; behind it, all before it have ended.
 
         Only then is the next one let in: two at a time share the processors and the cache.
+        EARLY: it is let in as soon as all programs of this one have sent off their first loads. It
+        too waits for this one's end before it reads what may not be there yet.
         """
         if OVERLAP:
+            if EARLY:
+                gdc_launch_dependents()
             gdc_wait()
-            gdc_launch_dependents()
+            if not EARLY:
+                gdc_launch_dependents()
 
     @triton.jit
     def ask_ahead(lines):

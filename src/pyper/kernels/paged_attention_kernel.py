@@ -53,6 +53,40 @@ def _slots(pages_ptr, s, past, PAGE: tl.constexpr):
 
 
 @triton.jit
+def part_of_past(position, part, n_parts, BLOCK_S: tl.constexpr):
+    """Which tokens before `position` a part reads: from the first, up to the second.
+
+    Parts are whole blocks: one may be empty, and then weighs nothing.
+    """
+    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
+    start = part * per_part
+    return start, tl.minimum(start + per_part, position)
+
+
+@triton.jit
+def ask_for_past(
+    keys_ptr,
+    values_ptr,
+    pages_ptr,
+    start,
+    past,
+    h,
+    n_kv_heads,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Asks for the first keys and values that a part of head h will attend to."""
+    IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+    s = start + tl.arange(0, BLOCK_S)
+    tokens = _slots(pages_ptr, s, past, PAGE)[:, None] * (n_kv_heads * K) + h * K
+    lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
+    ask_ahead(keys_ptr + lines)
+    ask_ahead(values_ptr + lines)
+
+
+@triton.jit
 def _join(
     part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
 ):
@@ -220,19 +254,14 @@ def attend_part(
 ):
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
-    # Parts are whole blocks: a part may be empty, and then weighs nothing.
     position = tl.load(positions_ptr + b).to(tl.int32)
-    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), n_parts) * BLOCK_S
-    start = part * per_part
-    past = tl.minimum(start + per_part, position)
+    start, past = part_of_past(position, part, n_parts, BLOCK_S)
     pages_ptr += b * pages_stride
     if OVERLAP:
-        IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-        each = tl.arange(0, BLOCK_S)
-        tokens = _slots(pages_ptr, start + each, past, PAGE)[:, None] * (n_kv_heads * K) + h * K
-        lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
-        ask_ahead(keys_ptr + lines)
-        ask_ahead(values_ptr + lines)
+        ask_for_past(
+            *(keys_ptr, values_ptr, pages_ptr, start, past, h, n_kv_heads),
+            *(K, PAGE, BLOCK_S, BLOCK_K),
+        )
     wait_for_others(OVERLAP)
     attend(
         *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, pages_ptr, part_ptr, log_sum_ptr),

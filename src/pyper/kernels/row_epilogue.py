@@ -5,27 +5,12 @@ from pyper.kernels import launch
 if launch.HAS_TRITON:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from pyper.kernels.activation import _value_and_slope
 
     @triton.jit
     def load_words(words, inside, EVICTION: tl.constexpr):
         return tl.load(words, mask=inside, other=0, eviction_policy=EVICTION)
-
-    @triton.jit
-    def wait_for_row(OVERLAP: tl.constexpr, EARLY: tl.constexpr):
-        """Before this, a kernel reads weights alone; behind it, all before it have ended.
-
-        EARLY: the next kernel is let in as soon as all programs of this one have sent off their
-        first loads. It too waits for this one's end before it reads what may not be there yet.
-        """
-        if OVERLAP:
-            if EARLY:
-                gdc_launch_dependents()
-            gdc_wait()
-            if not EARLY:
-                gdc_launch_dependents()
 
     @triton.jit
     def _scaled(sums, n, scale_ptr, bias_ptr, N_ROWS, HAS_SCALE, HAS_BIAS):

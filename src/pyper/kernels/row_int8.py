@@ -16,7 +16,8 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_epilogue import load_words, store_finished, wait_for_row
+    from pyper.kernels.overlap import wait_for_others
+    from pyper.kernels.row_epilogue import load_words, store_finished
 
     @triton.jit
     def _eight(x_ptr, gain_ptr, at, squares, D, HAS_NORM: tl.constexpr):
@@ -149,7 +150,7 @@ if launch.HAS_TRITON:
         values = gates
         if GATED:
             values = load_words(rows + N * WORDS, w < WORDS, EVICTION)
-        wait_for_row(OVERLAP, EARLY)
+        wait_for_others(OVERLAP, EARLY)
         WARPS: tl.constexpr = T // 32 if T > 32 else 1
         sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)
         value_sums = tl.zeros((WARPS, BLOCK_N), dtype=tl.float32)

@@ -17,7 +17,8 @@ if launch.HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from pyper.kernels.row_epilogue import load_words, store_finished, wait_for_row
+    from pyper.kernels.overlap import wait_for_others
+    from pyper.kernels.row_epilogue import load_words, store_finished
     from pyper.kernels.row_int8 import _row_times_int8
 
 
@@ -180,7 +181,7 @@ if launch.HAS_TRITON:
         values = gates
         if GATED:
             values = load_words(rows + N * WORDS, inside, EVICTION)
-        wait_for_row(OVERLAP, EARLY)
+        wait_for_others(OVERLAP, EARLY)
         sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
         value_sums = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
         squares = tl.zeros((BLOCK_D,), dtype=tl.float32)

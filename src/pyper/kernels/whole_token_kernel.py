@@ -16,12 +16,11 @@ a weight are dealt out in turn, so that every program has as many, but for one.
 import triton
 import triton.language as tl
 
-from pyper.kernels.paged_attention_kernel import attend
+from pyper.kernels.paged_attention_kernel import ask_for_past, attend, part_of_past
 from pyper.kernels.whole_token_parts import (
     address,
     arrive,
     ask_for_gain,
-    ask_for_past,
     linear_map,
     load_block,
     product,
@@ -99,9 +98,7 @@ def whole_token_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     target = 0
     position = tl.load(position_ptr).to(tl.int32)
-    per_part = tl.cdiv(tl.cdiv(position, BLOCK_S), PARTS) * BLOCK_S
-    start = p % PARTS * per_part
-    past = tl.minimum(start + per_part, position)
+    start, past = part_of_past(position, p % PARTS, PARTS, BLOCK_S)
     block = load_block(linear_map(table_ptr, first_layer, 1, x_ptr, dtype), 0, p, True, QKV)
     for layer in range(first_layer, last_layer):
         attention_gain = address(table_ptr, layer, 0, dtype)

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from pyper.kernels.activation import _value_and_slope
 from pyper.kernels.overlap import ask_ahead
-from pyper.kernels.paged_attention_kernel import _slots
 from pyper.kernels.row_int8 import _eight, _whole
 from pyper.kernels.row_int8 import _times as _times_int8
 from pyper.kernels.row_linear import _times as _times_widened
@@ -243,29 +242,6 @@ def linear_map(table_ptr, layer, PLACE: tl.constexpr, residual_ptr, dtype: tl.co
     words_ptr = address(table_ptr, layer, PLACE, tl.int32)
     scale_ptr = address(table_ptr, layer, PLACE + 1, tl.float32)
     return words_ptr, scale_ptr, address(table_ptr, layer, PLACE + 2, dtype), residual_ptr
-
-
-@triton.jit
-def ask_for_past(
-    keys_ptr,
-    values_ptr,
-    pages_ptr,
-    start,
-    past,
-    h,
-    KV_HEADS: tl.constexpr,
-    K: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Asks for the first keys and values that a program will attend to."""
-    LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-    s = start + tl.arange(0, BLOCK_S)
-    at = _slots(pages_ptr, s, past, PAGE)[:, None] * (KV_HEADS * K) + h * K
-    at += LINE * tl.arange(0, max(BLOCK_K // LINE, 1))[None, :]
-    ask_ahead(keys_ptr + at)
-    ask_ahead(values_ptr + at)
 
 
 @triton.jit
