@@ -1,18 +1,28 @@
 """What a run is reckoned to need, against what it does need."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from kernels.narrow_casts import fp8_kernels
+from kernels.on_triton import DEVICE, needs_triton
 from pyper.cli.main import app
 from pyper.config import ExpertConfig, RunConfig, SparseConfig, TrainConfig
 from pyper.config.data import DataConfig
 from pyper.data import Batch
-from pyper.nn import Transformer, count_parameters, init_weights, train_flops_per_token
+from pyper.nn import (
+    Transformer,
+    causal_attention,
+    count_parameters,
+    init_weights,
+    train_flops_per_token,
+)
+from pyper.nn.fp8_linear import use_fp8
 from pyper.stages.memory import training_memory
 from pyper.train import next_token_loss
 from pyper.train.optimizer import ExpertOptimizer
@@ -43,10 +53,14 @@ def run_of(train: dict[str, Any], **model: Any) -> RunConfig:
     )
 
 
-def kept_bytes(run: RunConfig) -> int:
+def kept_bytes(run: RunConfig, kernels: AbstractContextManager[None] | None = None) -> int:
     """Of what blocks, final norm and head keep for the backward pass, weights left out."""
-    model = Transformer(run.model)
+    model = Transformer(run.model).to(DEVICE if kernels else "cpu")
     init_weights(model, 0)
+    if run.train.precision == "fp8":
+        use_fp8(model.blocks)
+    if run.train.precision != "fp32":
+        model.to(torch.bfloat16)
     model.train()
     recompute = run.train.recompute_blocks
     model.recompute_blocks = 0 if recompute == "auto" else recompute
@@ -61,27 +75,63 @@ def kept_bytes(run: RunConfig) -> int:
         alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        states = model.hidden(torch.zeros(ROWS, T, dtype=torch.long))
+    with (
+        kernels or nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        states = model.hidden(torch.zeros(ROWS, T, dtype=torch.long, device=model.device))
     return sum(kept.values()) + states.nbytes  # which the head keeps
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {},
-        {"n_kv_heads": 2},
-        {"qk_norm": True},
-        {"activation": "swiglu"},
-        {"norm_position": "post", "qk_norm": True, "qk_norm_over": "projection"},
-        {"no_rope_layers": [2], "attention_output_bias": True},
-        {"d_ff": 512, "n_layers": 5},
-    ],
-    ids=["plain", "grouped queries", "qk norm", "swiglu", "post-norm", "no RoPE", "wider, deeper"],
-)
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped queries": {"n_kv_heads": 2},
+    "qk norm": {"qk_norm": True},
+    "swiglu": {"activation": "swiglu"},
+    "post-norm": {"norm_position": "post", "qk_norm": True, "qk_norm_over": "projection"},
+    "no RoPE": {"no_rope_layers": [2], "attention_output_bias": True},
+    "wider, deeper": {"d_ff": 512, "n_layers": 5},
+}
+
+
+@pytest.mark.parametrize("model", SHAPES.values(), ids=SHAPES)
 def test_activations_are_reckoned_within_a_tenth(model: dict[str, Any]) -> None:
     run = run_of({}, **model)
     assert training_memory(run)["activations"] == pytest.approx(kept_bytes(run), rel=0.1)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("precision", "model"),
+    [
+        ("bf16", {}),
+        ("bf16", {"qk_norm": True}),
+        ("bf16", {"activation": "swiglu"}),
+        ("fp8", {}),
+        ("fp8", {"qk_norm": True}),
+        ("fp8", {"activation": "swiglu"}),
+        ("fp8", {"activation": "relu2", "n_kv_heads": 2}),
+        ("fp8", {"attention_bias": True}),
+        ("fp8", {"feed_forward_bias": True}),
+    ],
+)
+def test_what_blocks_keep_on_kernels_is_reckoned_within_a_tenth(
+    precision: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp8 their weights too, once more in 8 bits."""
+    monkeypatch.setattr(causal_attention, "_LONGEST_WRITTEN_OUT", 0)  # as a GPU keeps no scores
+    run = run_of({"precision": precision}, **{"n_layers": 1, **model})
+    memory = training_memory(run, on_kernels=True)
+    reckoned = memory["activations"] + memory["fp8_weights"]
+    assert reckoned == pytest.approx(kept_bytes(run, fp8_kernels()), rel=0.1)
+
+
+def test_recomputed_blocks_keep_no_weights_in_8_bits() -> None:
+    whole, part, none = (
+        training_memory(run_of({"precision": "fp8", "recompute_blocks": n}))["fp8_weights"]
+        for n in (0, 2, 3)
+    )
+    assert (3 * part, none) == (whole, 0)
 
 
 def test_recomputed_blocks_are_reckoned_to_keep_their_input_only() -> None:
@@ -125,10 +175,18 @@ def test_weights_and_states_are_those_that_are_saved(train: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "measured"),
-    [(256, 12, 2.0), (512, 12, 3.8), (1024, 12, 8.1), (2048, 28, 42.0)],
+    ("width", "layers", "precision", "measured"),
+    [
+        (256, 12, "bf16", 2.0),
+        (512, 12, "bf16", 3.8),
+        (1024, 12, "bf16", 8.1),
+        (2048, 28, "bf16", 42.0),
+        (2048, 28, "fp8", 42.6),
+    ],
 )
-def test_experts_need_what_was_measured_on_a_gpu(width: int, layers: int, measured: float) -> None:
+def test_experts_need_what_was_measured_on_a_gpu(
+    width: int, layers: int, precision: Literal["bf16", "fp8"], measured: float
+) -> None:
     """10⁹ bytes at the most: `benchmarks/train_expert.py`, `scaling.py`, 8 × 2,048 tokens."""
     run = RunConfig(
         data=DataConfig(seq_len=2048),
@@ -142,7 +200,7 @@ def test_experts_need_what_was_measured_on_a_gpu(width: int, layers: int, measur
             d_ff=4 * width,
         ),
         train=TrainConfig(
-            precision="bf16",
+            precision=precision,
             optimizer="adamw",
             seed_fraction=0,
             steps=1,
@@ -182,3 +240,20 @@ def test_the_plan_of_a_run_file_counts_the_work_of_a_step(tmp_path: Path) -> Non
     assert planned["step"]["flops"] == flops * tokens
     assert planned["step"]["seconds"] == pytest.approx(flops * tokens / 5e14)
     assert planned["needs"]["memory"]["total"] > 3e10
+
+
+@pytest.mark.parametrize(("precision", "measured"), [("bf16", 42.0), ("fp8", 42.6)])
+def test_the_plan_of_a_run_file_says_what_was_measured(
+    precision: str, measured: float, tmp_path: Path
+) -> None:
+    """10⁹ bytes, of steps of one micro-batch."""
+    text = (Path(__file__).parents[2] / "configs/8x1b5.toml").read_text()
+    changes = {"global_batch_tokens = 524_288": "global_batch_tokens = 16_384", '"bf16"': precision}
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, f'"{new}"' if old.startswith('"') else new)
+    (tmp_path / "run.toml").write_text(text + '\n[run]\ndevice = "cpu"\n')
+    done = CliRunner().invoke(app, ["inspect", "--plan", str(tmp_path / "run.toml"), "--json"])
+    needs = json.loads(done.stdout)["needs"]
+    assert needs["memory"]["total"] / 1e9 == pytest.approx(measured, rel=0.05)
+    assert (needs["memory"]["fp8_weights"] > 1e9) == (precision == "fp8")

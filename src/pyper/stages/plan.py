@@ -77,10 +77,8 @@ def _domains(run: RunConfig, data: TokenData) -> dict[str, Any]:
 
 
 def _needs(run: RunConfig) -> dict[str, Any]:
-    parameters, memory = (
-        count_parameters(run.model),
-        training_memory(run, on_kernels=run.train.precision == "bf16"),
-    )
+    parameters = count_parameters(run.model)
+    memory = training_memory(run, on_kernels=run.train.precision != "fp32")
     checkpoint = sum(memory[part] for part in ("weights", "low_halves", "moments"))
     kept = run.train.keep_checkpoints + 1
     parts = run.mixture.n_experts + 1 + int(run.train.control)
