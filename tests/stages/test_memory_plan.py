@@ -23,6 +23,7 @@ from pyper.nn import (
     train_flops_per_token,
 )
 from pyper.nn.fp8_linear import use_fp8
+from pyper.nn.sparse_feed_forward import SparseFeedForward
 from pyper.stages.memory import training_memory
 from pyper.train import next_token_loss
 from pyper.train.optimizer import ExpertOptimizer
@@ -62,6 +63,7 @@ def kept_bytes(run: RunConfig, kernels: AbstractContextManager[None] | None = No
     if run.train.precision != "fp32":
         model.to(torch.bfloat16)
     model.train()
+    model.begin_step(0.5)  # of all steps: `threshold_after`
     recompute = run.train.recompute_blocks
     model.recompute_blocks = 0 if recompute == "auto" else recompute
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -227,6 +229,44 @@ def test_sparse_feed_forwards_keep_as_much_as_their_experts_read() -> None:
 
     dense = training_memory(run_of({}))["activations"]
     assert needed(0.5) < needed(1.0) == dense < needed(2.0)
+
+
+def routed(tokens: int = T * ROWS, **sparse: Any) -> RunConfig:
+    """In bf16; a routed model of four experts."""
+    run = run_of({"precision": "bf16"}, kind="sparse", sparse=SparseConfig(n_experts=4, **sparse))
+    train = run.train.model_copy(
+        update={"global_batch_tokens": tokens, "micro_batch_size": tokens // T}
+    )
+    return run.model_copy(update={"train": train})
+
+
+@pytest.mark.parametrize(
+    "sparse",
+    [{"routing": "threshold"}, {"routing": "token_choice", "top_k": 2}],
+    ids=["thresholds", "tokens choose"],
+)
+def test_room_for_whatever_is_chosen_is_reckoned_within_a_tenth(
+    sparse: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of groups as on a GPU: rows are as many whether they are needed or not."""
+    monkeypatch.setattr(causal_attention, "_LONGEST_WRITTEN_OUT", 0)
+    monkeypatch.setattr(SparseFeedForward, "_run_mask", SparseFeedForward._run_room)
+    run = routed(**sparse)
+    reckoned = training_memory(run, on_kernels=True)["activations"]
+    assert reckoned == pytest.approx(kept_bytes(run), rel=0.1)
+
+
+def test_thresholds_need_room_on_kernels_while_it_is_not_too_much() -> None:
+    def needed(tokens: int, *, on_kernels: bool = True, **sparse: Any) -> float:
+        run = routed(tokens, **sparse)
+        return training_memory(run, on_kernels=on_kernels)["activations"] / tokens
+
+    few, many = T * ROWS, 2**27 // (4 * 256)  # at 2²⁷ hidden numbers it ends
+    chosen = needed(few)
+    assert needed(few, routing="threshold") == needed(many, routing="threshold") > 2 * chosen
+    assert needed(many + T, routing="threshold") == chosen
+    assert needed(few, routing="threshold", threshold_after=1.0) == chosen  # never
+    assert needed(few, routing="threshold", on_kernels=False) == chosen
 
 
 def test_the_plan_of_a_run_file_counts_the_work_of_a_step(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from pyper.config import ExpertConfig
 from pyper.kernels.fp8_activation import ACTIVATIONS as FP8_ACTIVATIONS
+from pyper.nn.router_state import RouterState
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,20 @@ class Arithmetic:
         return 1 if self.in_fp8 else self.width
 
 
-def activation_bytes(model: ExpertConfig, how: Arithmetic, again: int) -> int:
-    """Of one token, over all blocks, the final norm and the head.
+def activation_bytes(model: ExpertConfig, how: Arithmetic, tokens: int, again: int) -> int:
+    """Of a micro-batch of `tokens`, over all blocks, the final norm and the head.
 
     The first `again` blocks keep their input only and compute the rest again.
     """
     again = min(again, model.n_layers)
-    total = how.width * model.d_model * (again + 2)
+    total = tokens * how.width * model.d_model * (again + 2)
     for layer in range(again, model.n_layers):
         own = how if layer < _n_plain_blocks(model) else replace(how, in_fp8=False)
-        total += _of_norms(model, layer, own) + _of_attention(model, own)
-        total += _of_feed_forward(model, layer, own)
+        total += tokens * (_of_norms(model, layer, own) + _of_attention(model, own))
+        if model.has_sparse_feed_forward(layer):
+            total += _of_experts(model, own, tokens)
+        else:
+            total += tokens * _of_feed_forward(model, own)
     return total
 
 
@@ -84,16 +88,40 @@ def _of_attention(model: ExpertConfig, how: Arithmetic) -> int:
     return how.width * numbers + (how.read_width * out if is_copied else 0)
 
 
-def _of_feed_forward(model: ExpertConfig, layer: int, how: Arithmetic) -> int:
+def _of_feed_forward(model: ExpertConfig, how: Arithmetic) -> int:
     """What goes into the activation, and what comes out of it where it is not computed again."""
-    before = (2 if model.activation == "swiglu" else 1) * model.ff_dim
-    after = before  # of SwiGLU, the gate after its activation as well
-    if model.has_sparse_feed_forward(layer):
-        return round(how.width * model.routing.experts_per_token * (before + after))
+    width = _activation_width(model)
     if how.in_fp8:
         as_one = model.activation in FP8_ACTIVATIONS and not model.feed_forward_bias
-        kept = 0 if as_one else model.ff_dim  # in 8 bits
-        return how.width * (before + after - model.ff_dim) + kept
-    if how.on_kernels and model.kind == "dense":
-        after = 0
-    return how.width * (before + after)
+        hidden = 0 if as_one else model.ff_dim  # in 8 bits
+        return how.width * (2 * width - model.ff_dim) + hidden
+    only_before = how.on_kernels and model.kind == "dense"
+    return how.width * (width if only_before else 2 * width)
+
+
+def _of_experts(model: ExpertConfig, how: Arithmetic, tokens: int) -> int:
+    """The same, of the rows that experts choose; of rows that are kept free for them also what
+    experts read and what they give."""
+    hidden = 2 * _activation_width(model)
+    room = _rows_of_room(model, tokens) if how.on_kernels else None
+    if room is None:
+        return round(how.width * tokens * model.routing.experts_per_token * hidden)
+    return how.width * room * (2 * model.d_model + hidden)
+
+
+def _rows_of_room(model: ExpertConfig, tokens: int) -> int | None:
+    """Rows that a routed layer keeps whatever is chosen; None where it keeps those it needs.
+
+    Thresholds may let everything through: every expert then has room for every token.
+    """
+    sparse = model.routing
+    if not sparse.is_expert_choice:
+        return tokens * sparse.top_k
+    if sparse.routing != "threshold" or sparse.threshold_after >= 1:
+        return None
+    return RouterState(sparse, _activation_width(model)).room(tokens)
+
+
+def _activation_width(model: ExpertConfig) -> int:
+    """Numbers of a row that go into the activation; as many come out, SwiGLU's gate among them."""
+    return (2 if model.activation == "swiglu" else 1) * model.ff_dim

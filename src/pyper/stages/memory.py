@@ -19,7 +19,9 @@ def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, in
     many keys as queries 11 D + 2 F numbers per token and block; a recomputed block keeps its input
     only, a sparse one 2 F for every expert that reads a token. on_kernels: as dense blocks train in
     bf16 on a GPU, 8 D + F. In fp8 linear maps keep what they read, and their weights, in 8 bits.
-    Not in it: the workspace of libraries, 1 GB at most on a GPU, and what the allocator cannot use.
+    A layer that trains by thresholds on kernels keeps 2 D + 2 F for every token and expert, needed
+    or not, where `RouterState.room` allows it. Not in it: the workspace of libraries, 1 GB at most
+    on a GPU, and what the allocator cannot use.
     """
     train = run.train
     parameters = count_parameters(run.model)
@@ -37,7 +39,7 @@ def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, in
         # a second micro-batch is added to the first in float32
         "gradient_sums": parameters * 4 if half and size < rows else 0,
         "moments": parameters * moment_bytes(train),
-        "activations": tokens * activation_bytes(run.model, how, again),
+        "activations": activation_bytes(run.model, how, tokens, again),
         "fp8_weights": fp8_weight_bytes(run.model, again) if how.in_fp8 else 0,
         "logits": min(tokens * run.model.vocab_size, _LOGITS_AT_ONCE)
         * (2 * width if how.on_kernels else width + 4),
