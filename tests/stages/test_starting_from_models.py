@@ -1,6 +1,7 @@
 """`train.start_from`: training that goes on from a saved model."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,10 @@ from sparse_runs import open_quietly, sparse_run
 from torch import Tensor
 
 from pyper.checkpoint import (
+    FileEntry,
+    hash_file,
     load_checkpoint,
+    manifest,
     read_manifest,
     read_tensors,
     write_folder_atomically,
@@ -27,6 +31,8 @@ from pyper.stages.start import open_start
 from pyper.train.freeze import part_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+_WEIGHTS = "model.safetensors"
 
 Finished = Callable[[str], Path]
 Open = Callable[..., Context]
@@ -233,6 +239,45 @@ def test_damaged_weights_are_refused(
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         train_only(open_quietly(run), ["expert:0"])
+    assert not (tmp_path / "on").exists()
+
+
+@pytest.mark.parametrize("place", ["mixture", "experts/00/best"])
+def test_weights_are_read_once_for_the_check_and_for_all_that_begins_with_them(
+    finished_sparse: Finished,
+    place: str,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, hashed = finished_sparse("sparse") / place, []
+
+    def hash_and_remember(path: Path) -> FileEntry:
+        hashed.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest, "hash_file", hash_and_remember)
+    # the sweep of learning rates begins at these weights many times
+    run = going_on(start, tmp_path / "on", data_folder, learning_rate="auto")
+    train_only(open_quietly(run), ["expert:0"])
+    weights = [p for p in hashed if p.is_relative_to(start.resolve()) and p.name == _WEIGHTS]
+    assert len(weights) == 1
+
+
+@pytest.mark.parametrize("place", ["mixture", "experts/00/best"])
+def test_weights_that_change_after_the_check_are_refused_as_damaged(
+    finished_sparse: Finished, place: str, data_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished_sparse("sparse"), tmp_path / "copy", symlinks=True)
+    context = open_quietly(going_on(folder / place, tmp_path / "on", data_folder))
+    (file,) = (folder / place).resolve().rglob(_WEIGHTS)
+    with file.open("r+b") as opened:  # in its place: what was mapped changes with it
+        opened.seek(-9, os.SEEK_END)
+        (byte,) = opened.read(1)
+        opened.seek(-9, os.SEEK_END)
+        opened.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        train_only(context, ["expert:0"])
 
 
 @pytest.mark.parametrize("train", [{"control": True}, {"seed_fraction": 0.5}])

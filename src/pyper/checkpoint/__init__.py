@@ -26,6 +26,7 @@ from pyper.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
     load_checkpoint,
+    load_checkpoint_state,
     load_model_tensors,
 )
 from pyper.checkpoint.tensors import read_tensors, write_tensors
@@ -44,6 +45,7 @@ __all__ = [
     "format_bytes",
     "hash_file",
     "load_checkpoint",
+    "load_checkpoint_state",
     "load_model_tensors",
     "read_manifest",
     "read_tensors",

@@ -21,7 +21,14 @@ from pyper.checkpoint.atomic import (
     sweep,
     write_folder_atomically,
 )
-from pyper.checkpoint.manifest import FileEntry, Json, canonical_json, verify_manifest
+from pyper.checkpoint.manifest import (
+    FileEntry,
+    Json,
+    Manifest,
+    canonical_json,
+    read_manifest,
+    verify_manifest,
+)
 from pyper.checkpoint.tensors import read_tensors, tensor_bytes, write_tensors
 from pyper.errors import CheckpointError
 
@@ -159,20 +166,32 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
     """Verify all of a checkpoint folder and read it. Raises CheckpointError naming the file."""
     folder = path.resolve()
     manifest = verify_manifest(folder)
-    for name in (MODEL, OPTIMIZER, STATE):
-        if name not in manifest.files:
-            raise CheckpointError(f"{folder} lists no `{name}`", hint="it is no checkpoint")
-    step = manifest.metadata.get("step")
-    if not isinstance(step, int):
-        raise CheckpointError(f"{folder} does not say its step", hint="it is no checkpoint")
     return Checkpoint(
-        step,
+        _step_of(folder, manifest),
         _copy(read_tensors(folder / MODEL, device)),
         _copy(read_tensors(folder / OPTIMIZER, device)),
         _read_state(folder / STATE),
         dict(manifest.metadata),
         folder,
     )
+
+
+def load_checkpoint_state(path: Path) -> dict[str, Any]:
+    """The training state alone, verified; no tensor is read. Raises CheckpointError."""
+    folder = path.resolve()
+    _step_of(folder, read_manifest(folder))
+    verify_manifest(folder, only=[STATE])
+    return _read_state(folder / STATE)
+
+
+def _step_of(folder: Path, manifest: Manifest) -> int:
+    for name in (MODEL, OPTIMIZER, STATE):
+        if name not in manifest.files:
+            raise CheckpointError(f"{folder} lists no `{name}`", hint="it is no checkpoint")
+    step = manifest.metadata.get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{folder} does not say its step", hint="it is no checkpoint")
+    return step
 
 
 def load_model_tensors(

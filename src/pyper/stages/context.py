@@ -13,7 +13,7 @@ from pyper.data import TextTokenizer, TokenData
 from pyper.errors import ConfigError, DataError, TokenizerError
 from pyper.stages.folder import RunFolder, folder_of, has_begun, open_run
 from pyper.stages.process import keep_freed_memory
-from pyper.stages.start import check_start, open_start
+from pyper.stages.start import CheckedStart, check_start, open_start
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Context:
     device: torch.device
     console: Console
     """Standard error."""
+    start: CheckedStart | None = None
+    """What `train.start_from` names, read before the run had a folder."""
 
     @property
     def model(self) -> ExpertConfig:
@@ -51,11 +53,11 @@ def open_context(run: RunConfig, console: Console) -> Context:
     data = TokenData.open(run.data.path)
     device = pick_device(run.run.device)
     resolved = resolve_precision(resolve(run, data), device)
-    start = resolved.train.start_from
-    if start is not None and not has_begun(folder_of(resolved)):  # or the folder bound the next try
-        check_start(start)
+    path, start = resolved.train.start_from, None
+    if path is not None and not has_begun(folder_of(resolved)):  # or the folder bound the next try
+        start = check_start(path)
     folder = open_run(resolved, data.manifest)
-    return Context(resolved, data, folder, device, console)
+    return Context(resolved, data, folder, device, console, start)
 
 
 def resolve(run: RunConfig, data: TokenData) -> RunConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyper.checkpoint import load_checkpoint, load_model_tensors, verify_manifest
+from pyper.checkpoint import load_checkpoint_state, load_model_tensors, verify_manifest
 from pyper.config import ExpertConfig, RunConfig, parse_run, read_toml
 from pyper.data.chat_template import find_template
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
@@ -17,6 +17,7 @@ from pyper.mixture.store import expert_folders, find_mixture, read_settings
 from pyper.stages.folder import read_json
 
 _TABLE = "embedding.weight"
+_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Start:
 
     config: ExpertConfig
     load: Callable[[], dict[str, Tensor]]
+    file: Path
+    """Of the weights."""
     tokenizer_is_known: bool = True
     """False: a checkpoint far from its run; only the size of the vocabulary can be compared."""
 
@@ -42,23 +45,53 @@ def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
             hint="pass what `pyper merge -o` or `pyper import -o` wrote",
         )
     if (path / "state.json").is_file():
-        state = load_checkpoint(path).state
-        config = ExpertConfig.model_validate(state["model_config"])
+        config = ExpertConfig.model_validate(load_checkpoint_state(path)["model_config"])
         own, file = _tokenizer_of_run(path)
         _check_tokenizer(path, own, tokenizer_fingerprint, file)
-        return Start(config, partial(load_model_tensors, path), own is not None)
+        load = partial(_load_checkpoint, path)
+        return Start(config, load, path / _WEIGHTS, own is not None)
     mixture, name = _find_expert(path)
     own = read_settings(mixture).tokenizer_fingerprint
     _check_tokenizer(path, own, tokenizer_fingerprint, mixture / "tokenizer.json")
-    return Start(read_expert_config(mixture / name / "config.json"), partial(_load, mixture, name))
+    config = read_expert_config(mixture / name / "config.json")
+    return Start(config, partial(_load, mixture, name), mixture / name / _WEIGHTS)
 
 
-def check_start(path: Path) -> None:
+@dataclass(frozen=True)
+class CheckedStart:
+    """Weights of `train.start_from` that were read, verified and found to fit."""
+
+    tensors: dict[str, Tensor]
+    """Views of the mapped file."""
+    file: Path
+    stamp: tuple[int, ...]
+    """How the file was before it was read."""
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the file is still the one that was verified, by its identity, size and time."""
+        return _stamp(self.file) == self.stamp
+
+
+def start_tensors(
+    path: Path, tokenizer_fingerprint: str | None, checked: CheckedStart | None
+) -> dict[str, Tensor]:
+    """The weights of `train.start_from`: those that were checked, where they are still the same.
+
+    Else they are read and verified. Raises what `open_start` raises, and CheckpointError.
+    """
+    if checked is not None and checked.is_unchanged:
+        return checked.tensors
+    return open_start(path, tokenizer_fingerprint).load()
+
+
+def check_start(path: Path) -> CheckedStart:
     """Read the weights of `train.start_from` and see that they fit their shape.
 
     Raises what `open_start` raises, and CheckpointError where they are damaged or others.
     """
     start = open_start(path, None)
+    stamp = _stamp(start.file)
     tensors = start.load()
     hint = "copy it again, whole, from where it was made"
     if _TABLE not in tensors:
@@ -67,6 +100,16 @@ def check_start(path: Path) -> None:
         build_expert(start.config, tensors, device=torch.device("cpu"), keep=True)
     except CheckpointError as error:
         raise CheckpointError(f"`train.start_from`: {path}: {error.message}", hint=hint) from None
+    return CheckedStart(tensors, start.file, stamp)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Empty where there is no file: loading says so."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -145,6 +188,11 @@ def _find_expert(path: Path) -> tuple[Path, str]:
     return mixture, folders[0]
 
 
+def _load_checkpoint(path: Path) -> dict[str, Tensor]:
+    verify_manifest(path.resolve())
+    return load_model_tensors(path, verify=False)
+
+
 def _load(mixture: Path, name: str) -> dict[str, Tensor]:
-    verify_manifest(mixture, only=[f"{name}/config.json", f"{name}/model.safetensors"])
+    verify_manifest(mixture, only=[f"{name}/config.json", f"{name}/{_WEIGHTS}"])
     return load_model_tensors(mixture / name, verify=False)

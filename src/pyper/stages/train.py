@@ -19,7 +19,7 @@ from pyper.nn.fp8_linear import use_fp8
 from pyper.stages.assign import ExpertData
 from pyper.stages.context import Budget, Context, plan_budget
 from pyper.stages.folder import read_json
-from pyper.stages.start import open_start
+from pyper.stages.start import start_tensors
 from pyper.train import TrainingData, TrainPlan, TrainResult, train_expert
 from pyper.train.freeze import freeze
 from pyper.train.learning_rate import find_learning_rate
@@ -174,8 +174,8 @@ def _new_model(context: Context, config: TrainConfig, unit: Unit) -> Transformer
     if config.start_from is None:
         init_weights(model, context.run.run.random_seed)
     else:
-        start = open_start(config.start_from, context.data.manifest.tokenizer_fingerprint)
-        load_tensors_into(model, start.load())
+        fingerprint = context.data.manifest.tokenizer_fingerprint
+        load_tensors_into(model, start_tensors(config.start_from, fingerprint, context.start))
     freeze(model, config.freeze)
     if config.precision == "fp8":
         use_fp8(model.blocks)
