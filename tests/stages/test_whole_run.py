@@ -13,7 +13,8 @@ from pyper.checkpoint import load_checkpoint
 from pyper.errors import CheckpointError, ConfigError, DataError, InterruptedRun, TokenizerError
 from pyper.mixture.store import read_settings
 from pyper.stages import jobs, tiny_lm
-from pyper.stages.assign import assign, assignment_summary
+from pyper.stages.assign import assign
+from pyper.stages.assignment import assignment_summary
 from pyper.stages.context import Context
 from pyper.stages.inspect import inspect_path
 from pyper.stages.pipeline import run_pipeline, train_only

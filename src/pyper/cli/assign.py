@@ -21,7 +21,7 @@ def assign(
 
     run = load_run(run_file, overrides or ())
     from pyper.stages.assign import assign as divide
-    from pyper.stages.assign import assignment_summary, assignment_table
+    from pyper.stages.assignment import assignment_summary, assignment_table
     from pyper.stages.context import open_context
 
     context = open_context(run, stderr())

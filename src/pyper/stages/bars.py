@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
-from pyper.stages.assign import ExpertData
+from pyper.stages.assignment import ExpertData
 from pyper.stages.context import Budget, Context
 from pyper.stages.train import Unit, budget_of
 from pyper.train.metrics import read_last_record

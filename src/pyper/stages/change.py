@@ -15,7 +15,7 @@ from pyper.errors import CheckpointError, ConfigError, TokenizerError
 from pyper.mixture import ExpertSource, MixtureSettings, find_mixture, save_mixture
 from pyper.mixture.expert_folder import read_expert_config
 from pyper.mixture.store import expert_folders, read_settings
-from pyper.stages.assign import read_assignment
+from pyper.stages.assignment import read_assignment
 from pyper.stages.folder import RunFolder
 
 

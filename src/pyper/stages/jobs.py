@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pyper.config import RunConfig
 from pyper.errors import InterruptedRun, PyperError
-from pyper.stages.assign import ExpertData, read_assignment
+from pyper.stages.assignment import ExpertData, read_assignment
 from pyper.stages.bars import watch
 from pyper.stages.context import Context, available_cores, open_context
 from pyper.stages.train import Unit, train_unit

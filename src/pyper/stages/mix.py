@@ -18,7 +18,7 @@ from pyper.mixture import (
     save_mixture,
 )
 from pyper.nn import Transformer
-from pyper.stages.assign import ExpertData
+from pyper.stages.assignment import ExpertData
 from pyper.stages.context import Context
 from pyper.stages.folder import is_complete
 from pyper.stages.router_lm import train_router_models

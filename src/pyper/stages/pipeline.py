@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pyper.stages.assign import ExpertData, assign
+from pyper.stages.assign import assign
+from pyper.stages.assignment import ExpertData
 from pyper.stages.context import Context
 from pyper.stages.evaluate import evaluate
 from pyper.stages.jobs import train_in_parallel

@@ -1,7 +1,7 @@
 """`router = "lm"`: a tiny language model per expert reads the prefix."""
 
 from pyper.nn import Transformer
-from pyper.stages.assign import ExpertData
+from pyper.stages.assignment import ExpertData
 from pyper.stages.context import Context
 from pyper.stages.tiny_lm import train_tiny_lm
 

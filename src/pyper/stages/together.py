@@ -10,7 +10,7 @@ import torch
 from pyper.config import RunConfig
 from pyper.errors import InterruptedRun
 from pyper.nn import count_parameters
-from pyper.stages.assign import ExpertData
+from pyper.stages.assignment import ExpertData
 from pyper.stages.bars import watch
 from pyper.stages.context import Context
 from pyper.stages.memory import training_memory

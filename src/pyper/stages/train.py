@@ -16,7 +16,7 @@ from pyper.errors import CheckpointError, ConfigError
 from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer, init_weights
 from pyper.nn.fp8_linear import use_fp8
-from pyper.stages.assign import ExpertData
+from pyper.stages.assignment import ExpertData
 from pyper.stages.context import Budget, Context, plan_budget
 from pyper.stages.folder import read_json
 from pyper.stages.start import start_tensors
