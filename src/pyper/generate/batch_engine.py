@@ -7,7 +7,8 @@ import torch
 from pyper.data import TextTokenizer
 from pyper.errors import PromptError
 from pyper.generate.draws import Draw, Ends, draw_tokens
-from pyper.generate.mixture_reader import MixtureReader, Predictions
+from pyper.generate.mixture_reader import MixtureReader
+from pyper.generate.predictions import Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running, chances
 from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter

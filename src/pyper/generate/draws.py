@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyper.generate.mixture_reader import Predictions
+from pyper.generate.predictions import Predictions
 from pyper.generate.running import Alternatives, Running
 from pyper.generate.sampling import SamplingBatch, draw
 from pyper.generate.transfer import OnItsWay, to_device, to_host

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -16,6 +15,7 @@ from pyper.generate.mixing_state import (
     posterior_of,
 )
 from pyper.generate.pages import PagePool
+from pyper.generate.predictions import Predictions, mixed
 from pyper.generate.reading import Job, Reading, Text, begin_reading
 from pyper.generate.speculation import Drafter
 from pyper.generate.transfer import to_device
@@ -26,19 +26,6 @@ from pyper.routing import mix_log_probs
 
 # With the last token they fill a tile of rows: on a CPU they are read for nothing.
 N_GUESSES = ROW_TILE - 1
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Of the next token of some texts (R) with equally many (A) experts that have read them."""
-
-    texts: list[Text]
-    experts: list[list[int]]
-    """(R, A)."""
-    log_probs: Tensor
-    """(R, V), of the mixture."""
-    per_expert: Tensor
-    """(R, A, V)."""
 
 
 class MixtureReader:
@@ -124,7 +111,7 @@ class MixtureReader:
         with_experts = [(t, [e for e in t.live if t.is_read_by(e)]) for t in texts]
         # As many experts in every text: sums over a padded axis could differ in the last bit.
         with_experts.sort(key=lambda pair: len(pair[1]))
-        return [self._mix(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
+        return [mixed(list(g)) for _, g in groupby(with_experts, key=lambda pair: len(pair[1]))]
 
     def read_ahead(
         self, texts: Sequence[Text], tokens: Tensor, experts: list[list[int]], scores: Tensor
@@ -236,16 +223,6 @@ class MixtureReader:
             for expert in [e for e in text.readings if not text.state.live[e]]:
                 self._forget(text, expert)
 
-    def _mix(self, members: list[tuple[Text, list[int]]]) -> Predictions:
-        texts, experts = [m[0] for m in members], [m[1] for m in members]
-        rows = [_last(t, e) for t, es in members for e in es]
-        per_expert = torch.stack(rows).view(len(members), -1, len(rows[0]))
-        if per_expert.shape[1] == 1:
-            return Predictions(texts, experts, per_expert[:, 0], per_expert)
-        weights = torch.tensor([[t.known_weights[e] for e in es] for t, es in members])
-        mixed = mix_log_probs(weights.log().to(per_expert.device), per_expert)
-        return Predictions(texts, experts, mixed, per_expert)
-
     def _read(self, due: Sequence[tuple[Text, int, int]], budget: dict[int, int]) -> None:
         """Let experts read texts up to some length, (text, expert, length), as far as allowed."""
         jobs: dict[int, list[Job]] = defaultdict(list)
@@ -294,9 +271,3 @@ class MixtureReader:
 
 def _index(rows: list[int] | list[list[int]], like: Tensor) -> Tensor:
     return to_device(torch.tensor(rows), like.device)
-
-
-def _last(text: Text, expert: int) -> Tensor:
-    last = text.readings[expert].last
-    assert last is not None
-    return last
