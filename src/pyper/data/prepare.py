@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pyper.config import PrepareConfig
 from pyper.data.alike_names import refuse_alike
@@ -25,22 +24,14 @@ from pyper.data.partial_folder import partial_folder
 from pyper.data.readers import Document, read_files
 from pyper.data.round_trip import describe_changes
 from pyper.data.sample import TextSample, add_sample, new_samples, trainable_part
-from pyper.data.shard_writer import BUFFER_BYTES, ShardWriter, token_dtype
+from pyper.data.shard_writer import token_dtype
 from pyper.data.shards import TokenData
-from pyper.data.sources import SPLITS, SourceFile, Split, find_files
-from pyper.data.special_tokens import Span
+from pyper.data.sources import SourceFile, Split, find_files
+from pyper.data.split_writing import Progress, write_splits
 from pyper.data.splitting import Digest, DomainPlan, digest_of, plan_domain
 from pyper.data.tokenizer import TextTokenizer
-from pyper.data.weighing import Encoded, encode_documents
 from pyper.errors import DataError, TokenizerError
 
-Progress = Callable[[str, int], None]
-"""Called with the stage (`read` or `write`) and the documents done in it so far."""
-
-_BATCH_CHARS = 2_000_000
-"""Text tokenized at once: enough for all cores, little enough to stay in the caches."""
-_BUFFERS_BYTES = 64 << 20
-"""Of all shards that are being written, together."""
 # Settings that came later: at their defaults they are not written down, as before there were any.
 _LATER = ("columns", "filter", "chat_template", "strict_tokenizer", "workers")
 
@@ -94,7 +85,8 @@ def prepare(
             template = describe(folder / TEMPLATE_FILE, folder)
         else:
             settings.pop("chat_template", None)
-        splits = _write(folder, documents, plans, tokenizer, progress)
+        again = documents.read(ReadCounts())
+        splits = write_splits(folder, again, plans, tokenizer, config.shard_tokens, progress)
         _check_training_text(splits, counts)
         manifest = DataManifest(
             tokenizer_fingerprint=tokenizer.fingerprint,
@@ -251,69 +243,6 @@ def _train_tokenizer(
 ) -> TextTokenizer:
     texts = (text for name, plan in plans.items() for text in samples[name].texts(plan))
     return TextTokenizer.train_bpe(texts, config.vocab_size)
-
-
-def _write(
-    folder: Path,
-    documents: _Unique,
-    plans: dict[str, DomainPlan],
-    tokenizer: TextTokenizer,
-    progress: Progress | None,
-) -> dict[str, dict[Split, SplitEntry]]:
-    """The second pass: tokens of every split of every domain."""
-    buffer_bytes = min(BUFFER_BYTES, _BUFFERS_BYTES // (len(plans) * len(SPLITS)))
-    writers = {
-        (name, split): ShardWriter(
-            folder,
-            split,
-            name,
-            dtype=token_dtype(tokenizer.vocab_size),
-            bos_id=tokenizer.bos_id,
-            shard_tokens=documents.config.shard_tokens,
-            buffer_bytes=buffer_bytes,
-        )
-        for name in plans
-        for split in SPLITS
-    }
-    done = 0
-    for batch, encoded in _encoded(_batches(documents, plans), tokenizer):
-        for part, (tokens, weights) in zip(batch, encoded, strict=True):
-            writers[part.domain, part.split].add(tokens, len(part.text.encode()), weights)
-        done += len(batch)
-        if progress is not None:
-            progress("write", done)
-    return {name: {split: writers[name, split].close() for split in SPLITS} for name in plans}
-
-
-class _Part(NamedTuple):
-    """A document, or the part of one that is in a split."""
-
-    domain: str
-    split: Split
-    text: str
-    answers: Sequence[Span] | None
-    typed: Sequence[Span]
-
-
-def _batches(documents: _Unique, plans: dict[str, DomainPlan]) -> Iterator[list[_Part]]:
-    batch: list[_Part] = []
-    chars = 0
-    for document, digest in documents.read(ReadCounts()):
-        for split, text in plans[document.domain].assign(document, digest):
-            batch.append(_Part(document.domain, split, text, document.answers, document.typed))
-            chars += len(text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    batches: Iterator[list[_Part]], tokenizer: TextTokenizer
-) -> Iterator[tuple[list[_Part], list[Encoded]]]:
-    for batch in batches:
-        yield batch, encode_documents(tokenizer, [part[2:] for part in batch])
 
 
 def _check_training_text(splits: dict[str, dict[Split, SplitEntry]], counts: ReadCounts) -> None:
