@@ -8,8 +8,8 @@ import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ import pytest
 from pyper.data.chat_template import ChatTemplate
 from pyper.errors import PromptError
 from pyper.generate import SamplingConfig, complete
-from pyper.stages.chat import Conversation, read_message
+from pyper.stages.chat import Conversation
+from pyper.stages.typed import CtrlC, Keyboard, read_message
 from pyper.stages.write import open_model, visible
 from serve.small_server import save_small_mixture
 
 Chat = Callable[..., list[str]]
+PATIENCE = 60
+"""Seconds of silence at a terminal."""
 
 
 @pytest.fixture
@@ -152,64 +155,133 @@ def test_a_model_cannot_steer_the_terminal() -> None:
     assert visible("Grüße, 世界\n") == "Grüße, 世界\n"
 
 
-def test_at_a_terminal_ctrl_c_stops_an_answer_and_lines_are_remembered(tmp_path: Path) -> None:
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator["Terminal"]:
+    """`pyper chat` at a terminal; its history is in `tmp_path`."""
     ours, theirs = pty.openpty()
-    model = save_small_mixture(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyper.cli.main", "chat", str(model), "-n", "1900"],
+        [sys.executable, "-m", "pyper.cli.main", "chat", str(save_small_mixture(tmp_path)),
+         "-n", "1900"],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env=os.environ | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm-256color"},
     )  # fmt: skip
     os.close(theirs)
     try:
-        stop_an_answer(process, Terminal(ours))
-        assert process.wait(timeout=30) == 0
+        yield Terminal(process, ours)
     finally:
         process.kill()
         process.wait()
         os.close(ours)
-    assert (tmp_path / "pyper" / "chat-history").read_text().splitlines() == ["the fox"]
 
 
 class Terminal:
     """The other end of a terminal: what was shown is read once, in order."""
 
-    def __init__(self, file: int) -> None:
-        self.file, self._unread = file, b""
+    def __init__(self, process: "subprocess.Popen[bytes]", file: int) -> None:
+        self.process = process
+        self._file, self._unread = file, b""
 
-    def until(
-        self, wanted: str, again: Callable[[], object] = lambda: None, seconds: float = 30
-    ) -> str:
-        """What is shown up to `wanted`; `again` is done at first and after every silent second.
+    def until(self, wanted: str, again: Callable[[], object] = lambda: None) -> str:
+        """What is shown up to `wanted`; fails after a silent minute.
 
-        Python notices a Ctrl-C that falls between its prompt and its wait for a key at the next
-        key only; a person presses again.
+        `again` is done at first and after every silent second: `input` notices a Ctrl-C that falls
+        between its prompt and its wait for a key at the next key only; a person presses again.
         """
-        deadline = time.monotonic() + seconds
         again()
+        silent = 0
         while wanted.encode() not in self._unread:
-            ready, _, _ = select.select([self.file], [], [], 1)
-            if ready:
-                self._unread += os.read(self.file, 4096)
+            if select.select([self._file], [], [], 1)[0]:
+                self._unread += os.read(self._file, 4096)
+                silent = 0
             else:
-                assert time.monotonic() < deadline, self._unread
+                silent += 1
+                assert silent < PATIENCE, self._unread
                 again()
         shown, found, self._unread = self._unread.partition(wanted.encode())
         return (shown + found).decode(errors="replace")
 
+    def type(self, keys: bytes) -> None:
+        """Wait for the prompt first: keys pressed before do not reach it."""
+        os.write(self._file, keys)
 
-def stop_an_answer(process: "subprocess.Popen[bytes]", terminal: Terminal) -> None:
-    def press_ctrl_c() -> None:
-        process.send_signal(signal.SIGINT)
+    def press_ctrl_c(self) -> None:
+        self.process.send_signal(signal.SIGINT)
 
+    def leave(self) -> int:
+        """Ctrl-D at the prompt, again while nothing happens; the exit code."""
+        for _ in range(PATIENCE):
+            self.type(b"\x04")
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(timeout=1)
+        raise AssertionError(self._unread)
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_lines_are_remembered(
+    terminal: Terminal, tmp_path: Path
+) -> None:
     assert "4 experts: law, maths, novels, code" in terminal.until("› ")
-    os.write(terminal.file, b"the fox\n")
+    terminal.type(b"the fox\n")
     terminal.until("\x1b[3")  # coloured text
-    press_ctrl_c()
+    terminal.press_ctrl_c()
     n_tokens = re.search(r"(\d+) tokens, ", terminal.until("/s\x1b[0m"))
     assert n_tokens is not None
     assert int(n_tokens[1]) < 1000
     terminal.until("› ")
-    terminal.until("/quit or Ctrl-D leaves", again=press_ctrl_c)
+    assert terminal.leave() == 0
+    assert (tmp_path / "pyper" / "chat-history").read_text().splitlines() == ["the fox"]
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal: Terminal) -> None:
+    terminal.until("› ")
+    terminal.until("/quit or Ctrl-D leaves", again=terminal.press_ctrl_c)
     terminal.until("› ")  # before its prompt, keys do not reach it
-    os.write(terminal.file, b"\x04")
+    assert terminal.leave() == 0
+
+
+def test_ctrl_c_outside_of_a_wait_for_a_line_breaks_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody presses whenever something happens: before the wait, in it, and in what follows."""
+    answers = iter(["", "", "the fox"])
+
+    def press(*shown: object, **others: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def type_or_press(prompt: str) -> str:
+        answer = next(answers)
+        if not answer:
+            press()
+        return answer
+
+    monkeypatch.setattr("builtins.input", type_or_press)
+    monkeypatch.setattr("builtins.print", press)
+    ctrl_c = CtrlC()
+    before = signal.getsignal(signal.SIGINT)
+    with ctrl_c.handled():
+        press()
+        assert Keyboard(ctrl_c).read("› ") == "the fox\n"
+        assert not ctrl_c.pressed
+        press()
+        assert ctrl_c.pressed
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_ends_the_answers_to_a_pipe(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyper.cli.main", "chat", str(save_small_mixture(tmp_path)),
+         "-n", "1900"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"the fox\nand the crow\n")
+        process.stdin.flush()
+        try:
+            process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=PATIENCE) == 130
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""

@@ -1,12 +1,9 @@
 """Talk to a model in the terminal."""
 
 import secrets
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from pyper.data.chat_template import ChatTemplate
 from pyper.errors import PyperError
 from pyper.generate import BatchEngine, EngineLimits, Event, Request, SamplingConfig
 from pyper.serve.prompts import encode_messages
+from pyper.stages.typed import CtrlC, Keyboard, Pipe, read_message, with_history
 from pyper.stages.write import OpenModel, find_expert, legend, style_of, visible
 
 HELP = """\
@@ -28,7 +26,6 @@ HELP = """\
 /quit       leave (so does Ctrl-D); Ctrl-C stops an answer
 A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines."""
 _BAR_WIDTH = 24
-_HISTORY_LINES = 1000
 
 
 class Conversation:
@@ -90,8 +87,8 @@ class Conversation:
 class TerminalChat:
     """A conversation, and the commands that steer it."""
 
-    def __init__(self, conversation: Conversation, console: Console) -> None:
-        self._talk, self._console = conversation, console
+    def __init__(self, conversation: Conversation, console: Console, ctrl_c: CtrlC) -> None:
+        self._talk, self._console, self._ctrl_c = conversation, console, ctrl_c
         self._commands: dict[str, Callable[[str], None]] = {
             "/expert": self._choose_expert,
             "/route": self._show_route,
@@ -125,12 +122,11 @@ class TerminalChat:
     def _say(self, message: str) -> None:
         answer, began = self._talk.answer(message), time.perf_counter()
         try:
-            with ctrl_c() as wanted:
-                for event in answer:
-                    text = Text(visible(event.text), style=style_of(event.expert))
-                    self._console.print(text, end="", soft_wrap=True)
-                    if wanted.is_set():
-                        break
+            for event in answer:
+                text = Text(visible(event.text), style=style_of(event.expert))
+                self._console.print(text, end="", soft_wrap=True)
+                if self._ctrl_c.pressed:
+                    break
         except PyperError as error:
             self._note(f"{error.message}: {error.hint}")
         finally:
@@ -198,87 +194,18 @@ def chat_in_terminal(
     conversation.system = system
     if expert is not None:
         conversation.expert = find_expert(model.names, expert)
-    chat = TerminalChat(conversation, console)
-    if not sys.stdin.isatty():
-        chat.run(_read_piped)
-        return
-    n = len(model.names)
-    console.print(Text(f"{n} experts: {', '.join(model.names)}. /help lists the commands.", "dim"))
-    with_history(history, lambda: chat.run(_read_typed))
-
-
-@contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, which would otherwise break into the middle of a step of the engine."""
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    ctrl_c = CtrlC()
+    chat = TerminalChat(conversation, console, ctrl_c)
+    with ctrl_c.handled():
+        if not sys.stdin.isatty():
+            chat.run(Pipe(ctrl_c).read)
+            return
+        names = model.names
+        shown = f"{len(names)} experts: {', '.join(names)}. /help lists the commands."
+        console.print(Text(shown, "dim"))
+        with_history(history, lambda: chat.run(Keyboard(ctrl_c).read))
 
 
 def new_seed() -> int:
     """For a conversation that is not to be repeated."""
     return secrets.randbits(62)
-
-
-def read_message(read: Callable[[str], str]) -> str | None:
-    """One message of one or several lines; None at the end of the input."""
-    line = read("› ")
-    if not line.endswith("\n"):
-        return line or None
-    line = line[:-1]
-    if line.lstrip().startswith('"""'):
-        return _read_block(read, line.lstrip()[3:])
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        lines.append(read("… ").removesuffix("\n"))
-    return "\n".join(lines)
-
-
-def _read_block(read: Callable[[str], str], first: str) -> str:
-    lines = [first]
-    while '"""' not in lines[-1]:
-        line = read("… ")
-        lines.append(line.removesuffix("\n") if line else '"""')
-    lines[-1] = lines[-1].split('"""', 1)[0]
-    return "\n".join(lines).strip("\n")
-
-
-def _read_piped(prompt: str) -> str:
-    return sys.stdin.readline()
-
-
-def _read_typed(prompt: str) -> str:
-    """A line with its end; "" at Ctrl-D."""
-    while True:
-        try:
-            return input(prompt) + "\n"
-        except EOFError:
-            print()
-            return ""
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D leaves)")
-
-
-def with_history(file: Path, work: Callable[[], None]) -> None:
-    """Run `work` with line editing, and the lines of earlier conversations at the arrow keys."""
-    try:
-        import readline
-    except ImportError:  # not on every system; lines can be typed all the same
-        work()
-        return
-    readline.set_history_length(_HISTORY_LINES)
-    if file.is_file():
-        readline.read_history_file(file)
-    try:
-        work()
-    finally:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)
-            file.chmod(0o600)
-        except OSError:  # a read-only home: the conversation mattered, its lines do not
-            pass
