@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from generate.test_batch_engine import ask, run
@@ -102,6 +103,21 @@ def test_a_mixture_in_fixed_shapes_equals_scoring(mode: dict[str, Any]) -> None:
     assert n_steps == sum(17 - start for start in [1, 2, 6, 7, 13])
 
 
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a recorded step may overwrite what any other, of any expert, gave."""
+    usual, given = DecodeStep.run, list[Tensor]()
+
+    def run(step: DecodeStep, *args: Any) -> Tensor:
+        while given:
+            given.pop().fill_(torch.nan)
+        given.append(usual(step, *args))
+        return given[0]
+
+    monkeypatch.setattr(DecodeStep, "run", run)
+
+
+@pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize(
     "mode",
     [*MODES[1:], {"prune": 0.02, "top_k": 4, "temperature": 0.6}, {"prune": 0.2, "top_k": 2}],

@@ -43,14 +43,16 @@ def model_of(stored: str = "bf16", **changes: object) -> Transformer:
     model = Transformer(ExpertConfig(**shape | changes))  # type: ignore[arg-type]
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)
+    # Wider models add up more numbers: theirs are smaller, or rounding would grow with the width.
+    outputs, inputs = (scale * (32 / model.config.d_model) ** 0.5 for scale in (0.1, 0.2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # gains and biases that are not all one
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             if name.endswith(("out.weight", "down.weight")):  # else zeros at first
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += outputs * torch.randn(parameter.shape, generator=generator)
             if name.endswith("qkv.weight"):  # else all of the past weighs the same
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter += inputs * torch.randn(parameter.shape, generator=generator)
     model.to(DEVICE, torch.bfloat16).eval()
     if stored != "bf16":
         narrow_model(model, stored)  # type: ignore[arg-type]

@@ -68,9 +68,10 @@ class DecodeStep:
         thin: bool | None = None,
         pool: Any = None,
     ) -> None:
-        """max_tokens: the longest text. pool: memory that graphs which never overlap may share.
+        """max_tokens: the longest text. compiled, thin: see `layers_for`.
 
-        compiled, thin: see `layers_for`.
+        pool: memory that graphs which never overlap may share; then each run also overwrites what
+        other steps gave.
         """
         self.store, self.batch = store, batch
         n_pages = -(-max_tokens // PAGE_TOKENS)

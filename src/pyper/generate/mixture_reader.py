@@ -141,11 +141,14 @@ class MixtureReader:
     def _read_one_more(self, texts: Sequence[Text], tokens: Tensor, now: list[list[int]]) -> Tensor:
         """log p (R, A, V) after tokens (R,), by the experts `now` (R, A) of each text."""
         said, order = [], list[tuple[int, int]]()
-        for expert in sorted({e for es in now for e in es}):
+        readers = sorted({e for es in now for e in es})
+        for expert in readers:
             rows = [i for i, es in enumerate(now) if expert in es]
             part = tokens if len(rows) == len(texts) else tokens[_index(rows, tokens)]
             readings = [(texts[i], texts[i].readings[expert]) for i in rows]
-            said.append(self._passes.read_ahead(expert, readings, part))
+            here = self._passes.read_ahead(expert, readings, part)
+            # Recorded steps of all experts share their memory: the next expert overwrites it.
+            said.append(here if len(readers) == 1 else here.clone())
             order += [(i, expert) for i in rows]
         if all(len(part) == len(texts) for part in said):
             return said[0].unsqueeze(1) if len(said) == 1 else torch.stack(said, dim=1)
