@@ -2,6 +2,7 @@
 
 PyperError
 ├── ConfigError          a key or value in a run file
+│   └── UsageError       options of a command that do not go together
 ├── DataError            text, shards, folders
 ├── TokenizerError       tokenizers or vocabularies that do not fit together
 ├── CheckpointError      missing, damaged or foreign checkpoints
@@ -28,6 +29,12 @@ class PyperError(Exception):
 
 class ConfigError(PyperError):
     """A key or a value in a run file cannot be used."""
+
+
+class UsageError(ConfigError):
+    """Options of a command that do not go together, or need another one."""
+
+    exit_code = 2  # as where an option or a value is not known to the command line
 
 
 class DataError(PyperError):

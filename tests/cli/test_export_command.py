@@ -155,12 +155,9 @@ def test_gguf_comes_with_its_card(pyper: Pyper, swiglu: Path, tmp_path: Path) ->
         (("--dtype", "int8"), "`--dtype` does not know `int8`"),
         (("--architecture", "stock"), "no stock architecture"),
         (("--architecture", "stok"), "`--architecture` does not know `stok`"),
-        (("--architecture", "pyper", "--to", "gguf", "--expert", "0"), "no modelling file"),
         (("--expert", "9"), "no expert `9`"),
         (("--mixing", "window"), "window"),
         (("--shard-gb", "0"), "`--shard-gb` must be more than 0"),
-        (("--shard-gb", "5", "--to", "gguf", "--expert", "0"), "a GGUF file is one file"),
-        (("--expert", "0", "--mixing", "top1"), "alone mixes with nothing"),
     ],
     ids=str,
 )

@@ -22,9 +22,9 @@ Pyper = Callable[..., Any]
 def refused(pyper: Pyper) -> Callable[..., tuple[str, str]]:
     """Run a command that must fail; gives its error and its hint."""
 
-    def run(*arguments: object) -> tuple[str, str]:
+    def run(*arguments: object, code: int = 1) -> tuple[str, str]:
         done = pyper(*arguments)
-        assert done.exit_code == 1, done
+        assert done.exit_code == code, done
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
         assert [line.split(":")[0] for line in done.complaint] == ["error", "hint"], done.stderr
@@ -213,13 +213,21 @@ def test_an_unknown_way_of_mixing(refused: Refused, finished_run: Path) -> None:
         ("merge RUN -o NEW --upcycle 2 --router means", ("`--upcycle`", "`--router`")),
         ("merge RUN -o NEW --noise 0.01", ("`--noise`", "`--upcycle`")),
         ("merge RUN -o NEW --routing capped --top-k 2", ("capped`", "`--top-k`")),
+        ("evaluate RUN --tasks x --leak-probe", ("`--tasks`", "`--leak-probe`")),
+        ("evaluate RUN --tasks x --set run.jobs=2", ("`--tasks`", "`--set`")),
+        ("evaluate RUN --batch-tokens 64", ("`--batch-tokens`", "`--tasks`")),
+        ("mix RUN --drop sums", ("`--drop`", "new mixture")),
+        ("export RUN -o NEW --architecture pyper --to gguf", ("`--architecture", "modelling file")),
+        ("export RUN -o NEW --shard-gb 5 --to gguf", ("`--shard-gb`", "a GGUF file is one file")),
+        ("export RUN -o NEW --expert sums --mixing top1", ("expert `sums` alone", "`mixing`")),
+        ("serve RUN --api-key a --api-key-file b", ("two", "API keys")),
     ],
 )
-def test_options_that_would_not_count_are_refused(
+def test_options_that_do_not_go_together_are_wrong_usage(
     refused: Refused, finished_run: Path, tmp_path: Path, arguments: str, named: tuple[str, str]
 ) -> None:
     filled = arguments.replace("RUN", str(finished_run)).replace("NEW", str(tmp_path / "new"))
-    error, hint = refused(*filled.split())
+    error, hint = refused(*filled.split(), code=2)
     assert all(name in error for name in named), error
     assert hint
     assert not (tmp_path / "new").exists()

@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from pyper.cli.exclusive import refuse_beside, refuse_without
 from pyper.cli.output import JsonOption, SetOption, print_json, stderr, stdout
 
 
 def evaluate(
+    context: typer.Context,
     run_file: Annotated[
         Path,
         typer.Argument(help="Run file, or a run folder; with --tasks also a mixture or model."),
@@ -63,16 +65,12 @@ def evaluate(
         "batch_tokens": batch_tokens,
         "device": device,
     }
-    given = {name: value for name, value in of_tasks.items() if value is not None}
     if tasks is not None:
-        if leak_probe or overrides:
-            other = "--leak-probe" if leak_probe else "--set"
-            raise typer.BadParameter(f"--tasks does not go with {other}")
+        refuse_beside(context, "--tasks", "leak_probe", "overrides")
+        given = {name: value for name, value in of_tasks.items() if value is not None}
         _evaluate_tasks(run_file, tasks, given, as_json)
         return
-    if given:
-        option = next(iter(given)).replace("_", "-")
-        raise typer.BadParameter(f"--{option} goes with --tasks only")
+    refuse_without(context, "--tasks", *of_tasks)
     from pyper.config import load_run
 
     run = load_run(run_file, overrides or ())

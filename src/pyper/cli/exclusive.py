@@ -2,17 +2,17 @@
 
 import typer
 
-from pyper.errors import ConfigError
+from pyper.errors import UsageError
 
 
 def refuse_beside(context: typer.Context, option: str, *names: str) -> None:
     """Refuse those of the parameters `names` that were typed beside `option`.
 
-    Raises ConfigError.
+    Raises UsageError.
     """
     for name in names:
         if _was_typed(context, name):
-            raise ConfigError(
+            raise UsageError(
                 f"`{option}` does not go with `{_as_typed(context, name)}`",
                 hint="leave one of them out",
             )
@@ -21,11 +21,11 @@ def refuse_beside(context: typer.Context, option: str, *names: str) -> None:
 def refuse_without(context: typer.Context, option: str, *names: str) -> None:
     """Refuse those of the parameters `names` that were typed without `option`.
 
-    Raises ConfigError.
+    Raises UsageError.
     """
     for name in names:
         if _was_typed(context, name):
-            raise ConfigError(
+            raise UsageError(
                 f"`{_as_typed(context, name)}` goes with `{option}` only",
                 hint="add that, or leave it out",
             )

@@ -11,7 +11,7 @@ from pyper.checkpoint import load_checkpoint, read_manifest, read_tensors
 from pyper.config import ExpertConfig
 from pyper.data import TextTokenizer
 from pyper.data.chat_template import find_template
-from pyper.errors import CheckpointError, ConfigError, TokenizerError
+from pyper.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from pyper.mixture import ExpertSource, MixtureSettings, find_mixture, save_mixture
 from pyper.mixture.expert_folder import read_expert_config
 from pyper.mixture.store import expert_folders, read_settings
@@ -33,10 +33,11 @@ def change_mixture(
 ) -> MixtureSettings:
     """Write a new mixture from an old one; the remaining experts stay bit for bit the same.
 
-    Raises ConfigError, CheckpointError, TokenizerError (an expert of another tokenizer).
+    Raises UsageError without an output, ConfigError, CheckpointError, TokenizerError (an expert of
+    another tokenizer).
     """
     if output is None:
-        raise ConfigError(
+        raise UsageError(
             "`--drop` and `--add` write a new mixture", hint="say where: `-o mixtures/new`"
         )
     folder = find_mixture(path)

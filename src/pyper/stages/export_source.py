@@ -10,7 +10,7 @@ from pyper.checkpoint import read_manifest as read_folder_manifest
 from pyper.config.explain import nearest
 from pyper.data import TextTokenizer
 from pyper.data.chat_template import find_template
-from pyper.errors import ConfigError, PyperError
+from pyper.errors import ConfigError, PyperError, UsageError
 from pyper.mixture import LMRouter, Mixture, find_mixture
 from pyper.nn import Transformer, count_parameters
 from pyper.stages.export_facts import export_name
@@ -87,7 +87,7 @@ def _models(mixture: Mixture) -> list[Transformer]:
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raises ConfigError for a value that is none."""
+    """Raises ConfigError for a value that is none, UsageError for two that exclude each other."""
     known = {
         "--to": (options.to, ("hf", "gguf")),
         "--architecture": (options.architecture, ("auto", "stock", "pyper")),
@@ -97,12 +97,12 @@ def check_options(options: ExportOptions) -> None:
         if value not in values:
             raise ConfigError(f"`{option}` does not know `{value}`", hint=nearest(value, values))
     if options.to == "gguf" and options.architecture == "pyper":
-        raise ConfigError(
+        raise UsageError(
             "`--architecture pyper` is for transformers: a GGUF file has no modelling file",
             hint="leave one of `--architecture` and `--to gguf` out",
         )
     if options.to == "gguf" and options.shard_gb is not None:
-        raise ConfigError(
+        raise UsageError(
             "`--shard-gb` is for transformers: a GGUF file is one file",
             hint="leave one of `--shard-gb` and `--to gguf` out",
         )

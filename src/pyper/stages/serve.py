@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyper.errors import ConfigError, MissingExtraError
+from pyper.errors import ConfigError, MissingExtraError, UsageError
 from pyper.generate import EngineLimits, Narrow
 from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
@@ -66,11 +66,14 @@ def name_of(path: Path) -> str:
 
 
 def read_key(file: Path | None, given: str | None) -> str | None:
-    """The key of `--api-key-file`, of `--api-key`, or of PYPER_API_KEY. Raises ConfigError."""
+    """The key of `--api-key-file`, of `--api-key`, or of PYPER_API_KEY.
+
+    Raises ConfigError; UsageError for two keys.
+    """
     if file is None:
         return given or os.environ.get(KEY_VARIABLE) or None
     if given:
-        raise ConfigError(
+        raise UsageError(
             "there are two API keys", hint="give `--api-key-file` or `--api-key`, not both"
         )
     try:

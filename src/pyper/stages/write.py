@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pyper.data import TextTokenizer
-from pyper.errors import ConfigError
+from pyper.errors import ConfigError, UsageError
 from pyper.generate import Narrow, SamplingConfig, complete, stream, with_narrow_weights
 from pyper.mixture import Mixture, MixtureSettings, load_mixture
 from pyper.stages.context import pick_device
@@ -57,10 +57,11 @@ def open_model(
 ) -> OpenModel:
     """Open the mixture of a run; narrow: with eight-bit weights.
 
-    Raises CheckpointError, ConfigError for an unknown expert, and for one that is to be mixed.
+    Raises CheckpointError, ConfigError for an unknown expert, UsageError for one that is to be
+    mixed.
     """
     if expert is not None and mixing is not None:
-        raise ConfigError(
+        raise UsageError(
             f"expert `{expert}` alone mixes with nothing: `mixing` is for several",
             hint="leave one of `--expert` and `--mixing` out",
         )
