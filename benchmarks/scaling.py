@@ -65,6 +65,7 @@ def main() -> None:
         for change in SWEEPS[sweep]:
             value = list(change.values())[-1]
             row = measure(options, change)
+            print(sweep, value, {key: row[key] for key in row if key != "losses"}, flush=True)
             results.setdefault(sweep, {})[str(value)] = row
             write_record(options.json, results)
             if "failed" in row:

@@ -108,7 +108,13 @@ def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
         KERNELS[kernel].runs_as_one = lambda *_: False  # type: ignore[method-assign]
     with torch.device(device):
         model = Transformer(shape_of(args))
-    init_weights(model, 0)
+    if args.experts:  # billions, one after another on the CPU, would take minutes
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+    else:
+        init_weights(model, 0)
     if "fp8" in args.row:
         use_fp8(model.blocks)
     model = model.to(device, torch.bfloat16).train()
