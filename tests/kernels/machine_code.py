@@ -31,6 +31,8 @@ def lost_registers(sass: str) -> list[str]:
     for line in _instructions(sass):
         name, _, rest = line.partition(" ")
         operands = [part.strip() for part in rest.split(",")]
+        if name.startswith("SHFL"):  # whether the other thread is there comes first
+            operands = operands[1:]
         to = re.match(r"R(\d+)", operands[0])
         reads = operands
         if to and name.split(".")[0] not in _READERS:

@@ -1,16 +1,12 @@
 """Expert choice and its inverse index."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import DEVICE, kernels, needs_triton, poisoned, random, random_index
 from pyper.kernels import Choice, choice, choose, slots_of, slots_of_torch
 
@@ -181,35 +177,20 @@ def test_a_cuda_graph_chooses_anew() -> None:
 
 
 BUILD = """
-import importlib, re, subprocess, sys
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import importlib
+from kernels.hopper import build, spilled_bytes
 
 module = importlib.import_module("pyper.kernels.choice")
-folder = Path(sys.argv[1])
-assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 TYPES = {"scores_ptr": "*fp32", "kth_ptr": "*fp32", "index_ptr": "*i64"}
 
 def check(name, warps, whole, **constants):
     kernel = getattr(module, name)
-    plain = {n: "i32" for n in ("N", "C", "width")}
-    types = {n: (plain | TYPES).get(n, "*i32") for n in kernel.arg_names}
-    signature = types | {n: "constexpr" for n in constants}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if "*" in signature[n] or n == "width" or (whole and signature[n] == "i32")
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    sizes = {n for n in ("N", "C", "width") if n in kernel.arg_names} - set(constants)
+    types = dict.fromkeys(sizes, "i32") | TYPES
+    even = sizes if whole else sizes & {"width"}
+    built = build(kernel, types, constants, default="*i32", whole=even, num_warps=warps)
     assert built.metadata.shared <= 227 * 1024, name
-    (folder / "kernel.ptx").write_text(built.asm["ptx"])
-    said = subprocess.run(
-        [assembler, "-v", "--gpu-name", "sm_90a", folder / "kernel.ptx", "-o", folder / "kernel"],
-        check=True, capture_output=True, text=True).stderr
-    assert re.findall(r"(\\d+) bytes spill", said) == ["0", "0"], (name, constants, said)
+    assert spilled_bytes(built.asm["ptx"]) == [0, 0], (name, constants)
 
 for whole in (True, False):
     for E, chunk, block_e in ((1, 1024, 1), (8, 512, 8), (64, 64, 64), (100, 64, 64)):
@@ -223,6 +204,5 @@ for whole in (True, False):
 
 @needs_triton
 @pytest.mark.slow
-def test_the_kernels_build_for_a_large_gpu_and_keep_to_their_registers(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], check=True, env=environment)
+def test_the_kernels_build_for_a_large_gpu_and_keep_to_their_registers() -> None:
+    run_for_hopper(BUILD)

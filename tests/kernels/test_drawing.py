@@ -1,11 +1,9 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import DEVICE, kernels, needs_triton
 from pyper.generate import SamplingBatch, SamplingConfig, draw, filtered_probs
 
@@ -83,20 +81,15 @@ def test_entries_that_are_impossible_are_never_drawn(chance: float) -> None:
 
 
 BUILD = """
-import importlib, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import importlib
+from kernels.hopper import build
 
 kernel = importlib.import_module("pyper.kernels.drawing")._draw_row
 floats = ("x_ptr", "rules_ptr", "uniforms_ptr", "q_ptr")
 types = dict.fromkeys(floats, "*fp32") | {"x_stride": "i32", "V": "i32", "token_ptr": "*i64"}
 for has_top in (False, True):
     constants = {"BLOCK": 4096, "HAS_TOP": has_top}
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    given = [i for i, n in enumerate(kernel.arg_names) if n in types]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in given}
-    source = ASTSource(kernel, signature, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    built = build(kernel, types, constants, whole=("x_stride", "V"), num_warps=16)
     assert built.metadata.shared < 48_000
     assert "atom" not in built.asm["ptx"]  # the same at every run
 """
@@ -104,5 +97,4 @@ for has_top in (False, True):
 
 @pytest.mark.skipif(not drawing.launch.HAS_TRITON, reason="Triton is not installed")
 def test_the_kernel_builds_for_a_large_gpu() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
+    run_for_hopper(BUILD)

@@ -1,20 +1,15 @@
 """What the casts to 8 bits are compiled to for a large GPU, without one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import needs_triton
 
 BUILD = """
 import importlib
 import re
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernels.hopper import build as build_for_hopper
 from kernels.machine_code import lost_registers
 
 TYPES = {n: "i32" for n in ("stride_b", "stride_h", "stride_t", "N_PAIRS", "N", "D", "F", "P")}
@@ -24,12 +19,9 @@ TYPES |= {n: "*fp32" for n in ("largest_ptr", "squares_ptr")}
 
 def compiled(kernel, types, constants, odd=()):
     # Sizes but those of `odd` are multiples of 16.
-    types, names = TYPES | types, kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-    at = [i for i, n in enumerate(names) if n not in constants and n not in odd]
-    whole = {(i,): [["tt.divisibility", 16]] for i in at}
-    source = ASTSource(kernel, signature, constants, whole)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    types = TYPES | types
+    sizes = {n for n, kind in types.items() if kind == "i32"} - set(constants) - set(odd)
+    built = build_for_hopper(kernel, types, constants, whole=sizes, num_warps=8)
     assert lost_registers(built.asm["sass"]) == [], (kernel, odd)
     return built.asm["ptx"]
 
@@ -68,6 +60,4 @@ assert turned[2].count("ex2.approx") == 16
 @needs_triton
 @pytest.mark.slow
 def test_nothing_is_transposed_byte_by_byte() -> None:
-    folders = os.pathsep.join(sys.path)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": folders}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
+    run_for_hopper(BUILD)

@@ -1,15 +1,13 @@
 """One token per text against a loop over texts and heads, in float64."""
 
 import importlib
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
 from pyper.kernels import Turn, paged_attention, paged_attention_torch
 
@@ -207,20 +205,9 @@ def test_a_few_texts_have_few_programs(
 
 BUILD = """
 import importlib
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernels.hopper import build
 
 module = importlib.import_module("pyper.kernels.paged_attention_kernel")
-
-def build(kernel, types, constants, warps):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-    source = ASTSource(kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "num_stages": constants.get("STAGES", 3)}
-    return triton.compile(source, target=target, options=options).asm["ptx"]
 
 sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 numbers = {"tickets_ptr": "*i32", "pages_ptr": "*i64", "positions_ptr": "*i64"}
@@ -230,15 +217,17 @@ shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
 shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
 for stages, warps in (3, 4), (5, 8):
-    ptx = build(module.attend_part, sums | numbers, shape | {"STAGES": stages}, warps)
+    constants = shape | {"STAGES": stages}
+    options = {"num_warps": warps, "num_stages": stages}
+    ptx = build(module.attend_part, sums | numbers, constants, **options).asm["ptx"]
     assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used
     assert "mma.sync" in ptx
-build(module.join_parts, sums, {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}, 2)
+constants = {"K": 128, "N_PARTS": 16, "BLOCK_K": 128, "OVERLAP": True}
+build(module.join_parts, sums, constants, num_warps=2, num_stages=3)
 """
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_kernels_build_for_a_large_gpu_and_read_ahead() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
+    run_for_hopper(BUILD)

@@ -1,8 +1,5 @@
 """One row times int8 weights, as whole numbers, against the same in float64."""
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -10,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import DEVICE, kernels, needs_triton, poisoned, random
 from pyper.generate.narrow_weights import quantize_rows
 from pyper.kernels import row_linear
@@ -114,20 +112,14 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 
 
 BUILD = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernels.hopper import build
 from pyper.kernels.row_int8 import _row_times_int8 as kernel
 
 given = dict(N=8192, WORDS=512, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=True, HAS_BIAS=False,
              HAS_RESIDUAL=False, BLOCK_N=8, BLOCK_W=512, HARDWARE=True, EARLY=False, EVICTION="",
              OVERLAP=True, bias_ptr=None, residual_ptr=None)
 types = {"words_ptr": "*i32", "scale_ptr": "*fp32", "eps": "fp32"}
-names = kernel.arg_names
-signature = {n: "constexpr" if n in given else types.get(n, "*bf16") for n in names}
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-source = ASTSource(kernel, signature, given, aligned)
-built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+built = build(kernel, types, given, num_warps=4)
 ptx, wait = built.asm["ptx"], built.asm["ptx"].index("griddepcontrol.wait")
 assert ptx[:wait].count("ld.global.v4.b32") == 8  # all of the weights, before it waits
 assert ptx.count("dp2a") == 8 * 4 * 2
@@ -139,5 +131,4 @@ assert "st.shared" not in ptx[: ptx.rindex("dp2a")]  # nothing is exchanged befo
 @needs_triton
 @pytest.mark.slow
 def test_weights_go_from_memory_to_their_products() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
+    run_for_hopper(BUILD)

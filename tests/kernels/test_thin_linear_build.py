@@ -1,13 +1,12 @@
 """The linear map of few rows: its blocks, and what becomes of them on a large GPU."""
 
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from kernels.hopper import run_for_hopper
 from kernels.on_triton import needs_triton
 from kernels.test_thin_linear import BF16, STORED
 from pyper.kernels import thin_linear
@@ -28,25 +27,10 @@ def test_blocks_fill_memory_and_processors(n_rows: int) -> None:
 
 BUILD = """
 import importlib
-import os
-import re
-import subprocess
-import tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernels.hopper import build, spilled_bytes
 from pyper.kernels.thin_linear import SHARED_BYTES
 
-def spilled(ptx):
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool, "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return [int(n) for n in re.findall(r"(\\d+) bytes spill", said)]
-
-def build(kernel, stored, scaled, stages=4, **constants):
+def built_of(kernel, stored, scaled, stages=4, **constants):
     constants = dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,
                      HAS_BIAS=False, HAS_RESIDUAL=False, OVERLAP=True) | constants
     absent = {"bias_ptr": None, "residual_ptr": None} | ({} if scaled else {"scale_ptr": None})
@@ -54,12 +38,7 @@ def build(kernel, stored, scaled, stages=4, **constants):
     types = {"weight_ptr": stored, "words_ptr": "*i32", "scale_ptr": "*fp32"}
     types |= {"B": "i32", "eps": "fp32", "squares_ptr": "*fp32", "next_squares_ptr": "*fp32"}
     types |= {"part_ptr": "*fp32", "tickets_ptr": "*i32"}
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": 4, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return build(kernel, types, constants, num_warps=4, num_stages=stages)
 
 few = importlib.import_module("pyper.kernels.thin_linear_kernel").thin_linear_block
 one = importlib.import_module("pyper.kernels.row_linear")._linear_of_row
@@ -70,7 +49,7 @@ one_block = dict(BLOCK_N=4, BLOCK_W=512, EARLY=False, EVICTION="")
 for stored, scaled, name, words in (
     ("*bf16", False, "bf16", 1024), ("*i8", True, "int8", 512), ("*fp8e4nv", True, "fp8", 512)
 ):
-    ptx = build(few, stored, scaled, **few_blocks).asm["ptx"]
+    ptx = built_of(few, stored, scaled, **few_blocks).asm["ptx"]
     assert "cp.async" in ptx, stored  # weights are on their way while others are used
     assert "mma.sync" in ptx or "wgmma" in ptx, stored
     assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait"), stored
@@ -83,14 +62,14 @@ for stored, scaled, name, words in (
     ):
         here = {k: v for k, v in many.items() if k not in (used, "part_ptr", "tickets_ptr")}
         here["stages"] = min(stages, 4) if "ACTIVATION" in given else stages
-        built = build(few, stored, scaled, **(here | given))
+        built = built_of(few, stored, scaled, **(here | given))
         ptx, loop = built.asm["ptx"], built.asm["ptx"].split("$L__BB0_1:")[1].split("bra")[0]
         assert "wgmma" in loop and "cp.async" in loop, stored
         if stored == "*bf16":  # from memory to the products without registers between
             assert "ld.shared" not in loop and "st.shared" not in loop
         assert built.metadata.shared <= SHARED_BYTES, stored
-        assert spilled(built.asm["ptx"]) == [0, 0], (stored, given)
-    ptx = build(one, stored, scaled, WORDS=words, STORED=name, **one_block).asm["ptx"]
+        assert spilled_bytes(built.asm["ptx"]) == [0, 0], (stored, given)
+    ptx = built_of(one, stored, scaled, WORDS=words, STORED=name, **one_block).asm["ptx"]
     assert "cvt.rn.f32.s8" not in ptx, stored
     loads = [i for i in range(len(ptx)) if ptx.startswith("ld.global", i)]
     assert any(i < ptx.index("griddepcontrol.wait") for i in loads), stored  # before it waits
@@ -100,5 +79,4 @@ for stored, scaled, name, words in (
 @needs_triton
 @pytest.mark.slow
 def test_the_kernel_builds_for_a_large_gpu_and_reads_ahead() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", BUILD], check=True, env=environment)
+    run_for_hopper(BUILD)
