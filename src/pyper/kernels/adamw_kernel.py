@@ -86,9 +86,9 @@ def _adamw(
     weight *= 1.0 - lr * tl.load(decays + t)
     mean += (grad - mean) * rest1
     square += (grad * grad - square) * rest2
-    scale = tl.sqrt_rn(tl.load(corrections2 + number))
+    scale = 1.0 / tl.sqrt_rn(tl.load(corrections2 + number))
     rate = lr / tl.load(corrections1 + number)
-    weight -= rate * (mean / (tl.sqrt(square) / scale + eps))
+    weight -= rate * (mean / (tl.sqrt(square) * scale + eps))
 
     # 4. back, rounded
     key = key_of(seed, number, tl.load(steps + number).to(tl.int32))

@@ -88,7 +88,7 @@ def round_stochastically(master: Tensor, random: Tensor) -> Tensor:
 def random_bits(like: Tensor, key: Tensor) -> Tensor:
     """32 random bits for each element, int64 in the shape of `like`; see `random_key`."""
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    return _mix(_mix(index) ^ key)
+    return _mix(index ^ key)
 
 
 def more_bits(random: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ if launch.HAS_TRITON:
     @triton.jit
     def bits_at(index, key):
         """`random_bits`, uint32."""
-        return _mix_bits(_mix_bits(index.to(tl.uint32)) ^ key)
+        return _mix_bits(index.to(tl.uint32) ^ key)
 
     @triton.jit
     def more_bits_of(random):

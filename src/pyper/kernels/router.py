@@ -51,7 +51,7 @@ class _RouterGates(torch.autograd.Function):
     def backward(ctx: Any, dlogits: Tensor, dgates: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, gates = ctx.saved_tensors
         total = logits_gradient(dlogits.contiguous(), dgates.contiguous(), gates, ctx.softmax)
-        dx = (total @ weight.float()).to(x.dtype)
+        dx = router_input_gradient(total, weight.contiguous(), x.dtype)
         return dx, router_weight_gradient(total, x).to(weight.dtype), None
 
 
@@ -102,6 +102,25 @@ def logits_gradient(dlogits: Tensor, dgates: Tensor, gates: Tensor, softmax: boo
 @logits_gradient.register_fake
 def _(dlogits: Tensor, dgates: Tensor, gates: Tensor, softmax: bool) -> Tensor:
     return torch.empty_like(gates)
+
+
+@torch.library.custom_op("pyper::router_input_gradient", mutates_args=())
+def router_input_gradient(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dlogits · weight, (N, D) in `dtype`, of contiguous dlogits (N, E) float32, weight (E, D).
+
+    A product of few columns is all writing: here as narrow as what reads it.
+    """
+    (N, E), D = dlogits.shape, weight.shape[1]
+    out, rows, cols = dlogits.new_empty(N, D, dtype=dtype), 16, block_of(D, 512)
+    _router_input_gradient[(triton.cdiv(N, rows), triton.cdiv(D, cols))](
+        *(dlogits, weight, out, N), D=D, E=E, BLOCK_N=rows, BLOCK_D=cols, num_warps=8
+    )
+    return out
+
+
+@router_input_gradient.register_fake
+def _(dlogits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return dlogits.new_empty(len(dlogits), weight.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("pyper::router_weight_gradient", mutates_args=())
@@ -214,6 +233,27 @@ if launch.HAS_TRITON:
             through = gates * (1.0 - gates) * dgates
         dlogits = tl.load(dlogits_ptr + at, mask=inside, other=0.0)
         tl.store(out_ptr + at, dlogits + through, mask=inside)
+
+    @triton.jit
+    def _router_input_gradient(
+        dlogits_ptr,
+        weight_ptr,
+        out_ptr,
+        N,
+        D: tl.constexpr,
+        E: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        for e in range(E):
+            dlogits = tl.load(dlogits_ptr + n * E + e, mask=n < N, other=0.0)
+            w = tl.load(weight_ptr + e * D + d, mask=d < D, other=0.0).to(tl.float32)
+            total += dlogits[:, None] * w[None, :]
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + n[:, None] * D + d[None, :], total, mask=inside)
 
     @triton.jit
     def _router_weight_gradient(

@@ -119,7 +119,8 @@ if launch.HAS_TRITON:
     def _levels(magnitude, largest, random):
         noise = ((random & 0xFFFF) * 43691) >> 12
         below = largest.to(tl.int32, bitcast=True)[:, None] - magnitude.to(tl.int32, bitcast=True)
-        return (below + noise.to(tl.int32)) // 699056
+        # Without a sign, for which a division would have to look: what is largest is not below.
+        return ((below + noise.to(tl.int32)).to(tl.uint32) // 699056).to(tl.int32)
 
     @triton.jit
     def _magnitude(level, largest):
