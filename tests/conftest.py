@@ -13,7 +13,6 @@ from rich.console import Console
 
 # Triton looks once, when it is imported: without a GPU its interpreter runs the kernels.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
-os.environ.setdefault("PYPER_GPU_TRIAL", "1")
 
 from pyper.config import PrepareConfig, RunConfig, parse_run
 from pyper.config.load import apply_override

@@ -13,7 +13,6 @@ from torch import Tensor
 from kernels.hopper import run_for_hopper
 from kernels.on_triton import DEVICE, error, kernels, needs_triton
 from pyper.config import ExpertConfig
-from pyper.generate import decode_step
 from pyper.generate.decode_step import DecodeStep
 from pyper.generate.narrow_weights import narrow_model
 from pyper.generate.whole_layers import WholeLayers, whole_token_of
@@ -156,7 +155,7 @@ def text_by(model: Transformer, n_tokens: int, *, whole: bool) -> Tensor:
     """Log-probabilities (n_tokens, V) after each token of a text, read by replays of one graph."""
     n_pages = -(-n_tokens // PAGE_TOKENS)
     pages = list(range(n_pages, 0, -1))
-    with mock.patch.object(decode_step, "ON_TRIAL", whole):
+    with mock.patch.object(WholeLayers, "pay_for", return_value=whole):
         step = DecodeStep(model, store_of(model, n_pages + 1), 1, n_tokens, thin=True)
     assert isinstance(step._layers, WholeLayers) is whole
     vocabulary = model.config.vocab_size
@@ -220,7 +219,7 @@ types |= {"tickets_ptr": "*i32", "counter_ptr": "*i32", "head_ptr": "*i32"}
 types |= {"first_layer": "i32", "last_layer": "i32", "eps": "fp32"}
 options = {"num_warps": module._WARPS, "num_stages": 1, "launch_cooperative_grid": True}
 built = build(module.whole_token_kernel, types, constants, **options)
-assert built.metadata.shared < 113 * 1024  # two programs of a processor
+assert built.metadata.shared < module.SHARED_BYTES
 ptx = built.asm["ptx"]
 assert "ld.global.v4" in ptx
 assert "ld.acquire.gpu" in ptx

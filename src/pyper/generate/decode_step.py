@@ -15,7 +15,6 @@ from pyper.generate.step_inputs import Row, StepInputs
 from pyper.generate.thin_layers import ThinLayers
 from pyper.generate.usual_layers import UsualLayers
 from pyper.generate.whole_layers import WholeLayers
-from pyper.kernels.launch import ON_TRIAL
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.rope import rotation
 
@@ -45,7 +44,7 @@ def layers_for(
     """
     if thin is None:
         thin = not compiled and ThinLayers.pay_for(model, batch)
-    if thin and ON_TRIAL and WholeLayers.pay_for(model, batch):
+    if thin and WholeLayers.pay_for(model, batch):
         return WholeLayers(model, store, max_tokens)
     every, c = torch.arange(max_tokens, device=model.device), model.config
     cos, sin = rotation(every, c.dim_per_head, c.rope_theta, c.rope_scaling)

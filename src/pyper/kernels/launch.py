@@ -1,15 +1,11 @@
 """Where kernels run. Without Triton, or off the GPU, their PyTorch twins do the work."""
 
-import os
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
-# What has been tested in Triton's interpreter and on CPUs, but not in every part on a GPU, runs
-# there only where it is asked for.
-ON_TRIAL = os.environ.get("PYPER_GPU_TRIAL") == "1"
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.int64)
 

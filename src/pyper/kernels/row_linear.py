@@ -57,12 +57,12 @@ def linear_of_row(
     Only of weights that `takes` says so.
     """
     N, words = out.shape[1], weight.view(torch.int32)
-    as_integers = launch.ON_TRIAL or not x.is_cuda
+    as_integers = torch.version.hip is None  # dp2a is NVIDIA's
     blocks = RowBlocks(*_blocks(N, words.shape[1], weight.dtype, as_integers))
     own: dict[str, str | bool]
     kernel, own = _linear_of_row, {"STORED": _STORED[weight.dtype]}
-    if not blocks.widened:  # dp2a is NVIDIA's
-        kernel, own = _row_times_int8, {"HARDWARE": x.is_cuda and torch.version.hip is None}
+    if not blocks.widened:
+        kernel, own = _row_times_int8, {"HARDWARE": x.is_cuda}
     kernel[(triton.cdiv(N, blocks.outputs),)](
         *(x, words, scale, bias, gain, residual, out, eps),
         N=N,

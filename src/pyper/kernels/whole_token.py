@@ -28,6 +28,8 @@ if launch.HAS_TRITON:
 _BLOCK_BYTES, _PER_PROCESSOR, _WARPS = 32_768, 2, 4
 _MOST_PARTS, _PART_TOKENS = 16, 32
 _N_PHASES = 6
+# Of a program, at most.
+SHARED_BYTES = 113 * 1024
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,14 @@ def has_programs(device: torch.device, n_kv_heads: int) -> bool:
 
 
 def _programs(device: torch.device) -> int:
-    """As many as run at once."""
+    """As many as run at once; 0 where there is no room for as many as keep the memory busy."""
     if device.type != "cuda":
         return 6
-    return _PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(device)
+    room = int(getattr(properties, "shared_memory_per_block_optin", 0))
+    return (
+        _PER_PROCESSOR * properties.multi_processor_count * (room >= _PER_PROCESSOR * SHARED_BYTES)
+    )
 
 
 def _block_rows(row_bytes: int, gated: bool = False) -> int:
