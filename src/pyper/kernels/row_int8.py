@@ -103,6 +103,16 @@ if launch.HAS_TRITON:
         return out + _byte(words, 2) * ((last << 16) >> 16) + _byte(words, 3) * (last >> 16)
 
     @triton.jit
+    def _of_threads(words):
+        """Words (BLOCK_N, BLOCK_W), four of each row for a thread: (T, BLOCK_N, 4).
+
+        They are not loaded so: newer versions of Triton spread three axes over threads so that a
+        warp meets parts of a row, and sums go through shared memory.
+        """
+        words = tl.reshape(words, (words.shape[0], words.shape[1] // 4, 4))
+        return tl.permute(words, (1, 0, 2))
+
+    @triton.jit
     def _times(words, first, last, steps, HARDWARE: tl.constexpr):
         """Words (T, BLOCK_N, 4) times the row's numbers: float32 (T/32, BLOCK_N)."""
         WARPS: tl.constexpr = steps.shape[0]
@@ -139,13 +149,13 @@ if launch.HAS_TRITON:
         T: tl.constexpr = BLOCK_W // 4
         GATED: tl.constexpr = ACTIVATION == "swiglu"
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        w = (4 * tl.arange(0, T)[:, None] + tl.arange(0, 4)[None, :])[:, None, :]
+        w = tl.arange(0, BLOCK_W)[None, :]
         d = 16 * tl.arange(0, T)[:, None] + tl.arange(0, 8)[None, :]
         place = tl.arange(0, BLOCK_N)
         if N % BLOCK_N:  # the last row again, instead of one that is not there
             place = tl.minimum(place, N - 1 - tl.program_id(0) * BLOCK_N)
         rows = words_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_N * WORDS)
-        rows += place[None, :, None] * WORDS + w
+        rows += place[:, None] * WORDS + w
         gates = load_words(rows, w < WORDS, EVICTION)
         values = gates
         if GATED:
@@ -163,10 +173,10 @@ if launch.HAS_TRITON:
             later = start + BLOCK_W
             ahead = later + w < WORDS
             these, gates = gates, load_words(rows + later, ahead, EVICTION)  # on their way
-            sums += _times(these, first, last, steps, HARDWARE)
+            sums += _times(_of_threads(these), first, last, steps, HARDWARE)
             if GATED:
                 these, values = values, load_words(rows + N * WORDS + later, ahead, EVICTION)
-                value_sums += _times(these, first, last, steps, HARDWARE)
+                value_sums += _times(_of_threads(these), first, last, steps, HARDWARE)
         total, total_values = tl.sum(sums, axis=0), tl.sum(value_sums, axis=0)
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
