@@ -144,7 +144,7 @@ def pyper_row(args: argparse.Namespace) -> dict[str, float]:
             mixture = with_narrow_weights(mixture, narrow)
     room = args.batch * (args.context + PAGE_TOKENS) + shape_of(args).seq_len
     compiled = "compiled" in args.row
-    limits = EngineLimits(args.batch, mixture.n_experts * room, 4096, compiled=compiled)
+    limits = EngineLimits(args.batch, mixture.n_experts * room, compiled=compiled)
     engine = BatchEngine(mixture, AnyText(args.vocabulary), limits)
     sampling = SamplingConfig(
         max_new_tokens=args.context // 4,

@@ -12,6 +12,8 @@ from pyper.generate.reading import Job, Reading, Text
 from pyper.mixture import Mixture
 from pyper.nn import KVStore, Transformer
 
+# Tokens of prompts in one pass, on a CPU and on a GPU.
+_PREFILL_CHUNK, _PREFILL_CHUNK_ON_GPU = 512, 4096
 # Passes of the experts in memory while one that is not there is waited for.
 _PATIENCE = 256
 
@@ -45,6 +47,13 @@ class ExpertPasses:
         if next_one is not None:
             self.mixture.load_ahead(next_one)
         return sum(n for n in new if n > 1)
+
+    def prefill_chunk(self, expert: int) -> int:
+        """Tokens of prompts that it should read in one pass."""
+        if not self.mixture.is_loaded(expert):  # then the first ones wait for it anyway
+            return _PREFILL_CHUNK
+        is_gpu = self.mixture.expert(expert).device.type == "cuda"
+        return _PREFILL_CHUNK_ON_GPU if is_gpu else _PREFILL_CHUNK
 
     def is_quick(self, expert: int) -> bool:
         """Whether it is in memory and reads single tokens in fixed shapes."""

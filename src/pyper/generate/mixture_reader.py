@@ -39,13 +39,14 @@ class MixtureReader:
         mixture: Mixture,
         *,
         cache_tokens: int,
-        prefill_chunk: int,
+        prefill_chunk: int | None,
         compiled: bool = False,
         fixed_shapes: bool | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """compiled: decoding steps go through `torch.compile` (on a GPU: faster, after a minute).
+        """prefill_chunk: see `EngineLimits`.
 
+        compiled: decoding steps go through `torch.compile` (on a GPU: faster, after a minute).
         fixed_shapes: single tokens are read in fixed shapes; None: on a GPU, where those are
         recorded as CUDA graphs. On a CPU that costs the last bits' independence of neighbours.
         """
@@ -92,7 +93,7 @@ class MixtureReader:
 
     def advance(self, texts: Sequence[Text]) -> list[Text]:
         """Read what is due, long prompts in part; those whose next token can be predicted."""
-        budget: dict[int, int] = defaultdict(lambda: self.prefill_chunk)
+        budget: dict[int, int] = {}
         for text in texts if self.drafter is not None and self.may_guess else ():
             self._guess(text)
         # 1. what the rule needs to know of every expert
@@ -262,7 +263,8 @@ class MixtureReader:
         expert, start = job.reading.expert, job.reading.n_read
         if job.upto == start + 1:
             return job
-        upto = min(job.upto, start + budget[expert])
+        left = budget.setdefault(expert, self.prefill_chunk or self._passes.prefill_chunk(expert))
+        upto = min(job.upto, start + left)
         if upto == start:
             return None
         budget[expert] -= upto - start

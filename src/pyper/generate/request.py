@@ -49,8 +49,9 @@ class EngineLimits:
     """Requests that are decoded side by side; others wait."""
     cache_tokens: int = 65_536
     """Tokens whose keys and values can be held, over all requests and experts."""
-    prefill_chunk: int = 512
-    """Prompt tokens read in one step, over all requests: the others go on in between."""
+    prefill_chunk: int | None = None
+    """Prompt tokens that an expert reads in one step, over all requests: the others go on in
+    between. None: 512 on a CPU; 4,096 on a GPU, where the host takes as long for a few."""
     compiled: bool = False
     """On a GPU: decoding goes through `torch.compile`; the first steps take a minute."""
     speculate: bool = False
