@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -134,6 +135,41 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) ->
     path.write_text(content)
     with pytest.raises(TokenizerError, match="is not a tokenizer"):
         TextTokenizer.load(path)
+
+
+PANICS_WHEN_READ = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}
+PANICS_WHEN_USED = {
+    "normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+}
+ENDLESS_TABLE = {"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}}
+NOTHING_UNKNOWN = {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}}
+
+
+def write_changed(path: Path, changes: dict[str, Any]) -> Path:
+    BYTES.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [(PANICS_WHEN_READ, "is not a tokenizer"), (ENDLESS_TABLE, "4,000,000,000")],
+)
+def test_a_file_on_which_the_library_dies_is_refused(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(TokenizerError, match=complaint):
+        TextTokenizer.load(write_changed(tmp_path / "tokenizer.json", changes))
+
+
+@pytest.mark.parametrize("changes", [PANICS_WHEN_USED, NOTHING_UNKNOWN])
+def test_a_text_that_cannot_be_encoded_is_one_kind_of_error(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    tokenizer = TextTokenizer.load(write_changed(tmp_path / "tokenizer.json", changes))
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(TokenizerError, match="cannot encode"):
+            encode("bb")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

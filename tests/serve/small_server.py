@@ -39,9 +39,11 @@ TEMPLATE = (
 _CLEAN = {"PYPER_API_KEY": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def save_small_mixture(folder: Path, **changes: Any) -> Path:
+def save_small_mixture(
+    folder: Path, tokenizer: TextTokenizer | None = None, **changes: Any
+) -> Path:
     """Four random experts over bytes, which do not end a document by themselves for long."""
-    tokenizer = TextTokenizer.bytes_only()
+    tokenizer = tokenizer or TextTokenizer.bytes_only()
     sources = []
     experts = small_experts(vocab_size=tokenizer.vocab_size, seq_len=CONTEXT)
     for index, model in enumerate(experts):

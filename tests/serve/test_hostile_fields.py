@@ -2,13 +2,16 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
+from pyper.data import TextTokenizer
 from serve.raw_http import exchange, head, post
 from serve.small_requests import chat, completion
-from serve.small_server import CONTEXT, Server
+from serve.small_server import CONTEXT, Server, save_small_mixture, serving
 
 
 def test_the_requests_below_are_wrong_in_one_thing_only(server: Server) -> None:
@@ -87,6 +90,8 @@ def test_a_field_out_of_range_is_refused_by_name(
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": ""}]}, None),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0"),
         ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages"),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
@@ -114,7 +119,8 @@ def test_images_are_refused_and_never_fetched(server: Server) -> None:
     fetched = 'pyper_requests_total{path="other",status="404"}'
     before = server.metric(fetched)
     messages = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, image]}]
-    assert post(server, chat(messages=messages), "/v1/chat/completions").status == 400
+    reply = post(server, chat(messages=messages), "/v1/chat/completions")
+    assert (reply.status, reply.error["param"]) == (400, "messages.0.content.1.type")
     assert server.metric(fetched) == before
 
 
@@ -196,3 +202,18 @@ def test_only_the_listed_models_exist(server: Server, model: str) -> None:
     assert (
         exchange(server, head(server, f"/v1/models/{model}", method="GET") + b"\r\n").status == 404
     )
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_refused(tmp_path: Path) -> None:
+    letters = [(letter, -1.0) for letter in ["a", *map(chr, range(0x4E00, 0x4EFF))]]
+    tokenizer = TextTokenizer(Tokenizer(models.Unigram(letters, byte_fallback=False)))
+    with serving(save_small_mixture(tmp_path, tokenizer)) as server:
+        assert post(server, completion(prompt="a")).status == 200
+        for path, body in (
+            ("/v1/completions", completion(prompt="b")),
+            ("/v1/chat/completions", chat(messages=[{"role": "user", "content": "b"}])),
+            ("/v1/embeddings", json.dumps({"model": "tiny", "input": "b"}).encode()),
+        ):
+            reply = post(server, body, path)
+            assert reply.status == 400, reply.body
+            assert "cannot encode" in reply.error["message"]

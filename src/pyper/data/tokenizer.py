@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from pyper.data.special_tokens import SpecialTokens
 from pyper.data.text_pieces import split_text
+from pyper.data.tokenizer_json import encoding_errors, library_errors, parse_tokenizer
 from pyper.errors import StorageError, TokenizerError
 
 BOS = "<|bos|>"
@@ -100,14 +101,17 @@ class TextTokenizer:
         self, text: str
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
         """Token ids (T,) of a text, without `bos`, and the characters where each starts, stops."""
-        found = self._encoder.encode(text, add_special_tokens=False)
+        with encoding_errors():
+            found = self._encoder.encode(text, add_special_tokens=False)
         offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         return np.array(found.ids, dtype=np.uint32), offsets[:, 0], offsets[:, 1]
 
     def _encode_pieces(self, pieces: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
         for start in range(0, len(pieces), _PIECES_AT_ONCE):
             batch = pieces[start : start + _PIECES_AT_ONCE]
-            for found in self._encoder.encode_batch_fast(batch, add_special_tokens=False):
+            with encoding_errors():
+                encoded = self._encoder.encode_batch_fast(batch, add_special_tokens=False)
+            for found in encoded:
                 yield np.array(found.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
@@ -150,20 +154,16 @@ class TextTokenizer:
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
         """Read any `tokenizer.json`. Raises TokenizerError when it is not one."""
+        hint = "save it with `Tokenizer.save` or `save_pretrained` of a fast tokenizer"
         try:
-            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            content = path.read_bytes()
         except OSError as error:
             raise TokenizerError(
                 f"cannot read the tokenizer {path}: {error.strerror}",
                 hint="give `bpe`, `bytes`, or the path of a `tokenizer.json`",
             ) from error
-        except Exception as error:  # the library raises bare Exceptions
-            if isinstance(error, TokenizerError):
-                raise
-            raise TokenizerError(
-                f"{path} is not a tokenizer.json: {error}",
-                hint="save it with `Tokenizer.save` or `save_pretrained` of a fast tokenizer",
-            ) from error
+        with library_errors(f"{path} is not a tokenizer.json", hint):
+            return cls(parse_tokenizer(content.decode(), str(path), hint))
 
     @classmethod
     def train_bpe(cls, texts: Iterator[str], vocab_size: int) -> "TextTokenizer":

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from pyper.data import TextTokenizer
 from pyper.data.tokenizer import KNOWN_BOS, template_bos
+from pyper.data.tokenizer_json import parse_tokenizer
 from pyper.errors import TokenizerError
 from pyper.export.hf_tokenizer import bos_template
 
@@ -34,7 +35,7 @@ def read_tokenizer(
     bos: the token that begins documents, where the user knows better. Raises TokenizerError.
     """
     text = _text_of(folder)
-    raw = _parse(text, folder)
+    raw = parse_tokenizer(text, str(folder / "tokenizer.json"), _HINT)
     chosen, source = _choose(raw, config, settings, bos)
     index: int = raw.get_vocab(with_added_tokens=True)[chosen]
     values = json.loads(text)
@@ -113,15 +114,6 @@ def _text_of(folder: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} cannot be read: {error}", hint=_HINT) from None
-
-
-def _parse(text: str, folder: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'} is not a tokenizer.json: {error}", hint=_HINT
-        ) from None
 
 
 def _name_of(token: Any) -> str | None:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pyper import __version__
-from pyper.errors import PromptError
+from pyper.errors import PromptError, PyperError, TokenizerError
 from pyper.serve.api_error import ApiError, bad_request, error_body
 from pyper.serve.bodies import Body, ChatBody, CompletionBody, EmbeddingBody
 from pyper.serve.guard import App, Guard
@@ -142,7 +142,8 @@ def _add_errors(app: FastAPI) -> None:
         return JsonResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(PromptError)
-    async def prompt_error(request: Request, error: PromptError) -> Response:
+    @app.exception_handler(TokenizerError)  # a text that this model's tokenizer cannot encode
+    async def prompt_error(request: Request, error: PyperError) -> Response:
         return JsonResponse(bad_request(f"{error.message}: {error.hint}").body(), 400)
 
     @app.exception_handler(HTTPException)

@@ -171,20 +171,39 @@ class TextPart(Body):
     text: str
 
 
+def _as_parts(value: Any) -> Any:
+    """A text is one part. One kind of value, or a complaint would be about the other kind."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if value is not None and not isinstance(value, list):
+        raise ValueError("must be a text or a list of parts")
+    return value
+
+
+_TEXT_OR_PARTS = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": TextPart.model_json_schema()},
+        {"type": "null"},
+    ]
+}
+Content = Annotated[
+    list[TextPart] | None, BeforeValidator(_as_parts), WithJsonSchema(_TEXT_OR_PARTS)
+]
+
+
 class Message(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: Content = None
     name: Annotated[str, Field(max_length=256)] | None = None
     refusal: None = None
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        return "".join(part.text for part in self.content or [])
 
 
 class ResponseFormat(Body):
