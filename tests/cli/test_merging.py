@@ -110,8 +110,9 @@ def test_what_cannot_be_merged_is_refused_in_two_lines(
     for options, word in (
         (("--router", "rigde"), "rigde"),
         (("--attention", "hard"), "hard"),
-        (("--routing", "best"), "routing"),
-        (("--top-k", "9"), "top_k"),
+        (("--routing", "expert_choise"), "`--routing` does not know `expert_choise`"),
+        (("--top-k", "9"), "`--top-k` must be in [1, 2]"),
+        (("--device", "gpu9"), "gpu9"),
         (("--add", "nothing"), "RUN:EXPERT"),
     ):
         ended = pyper("merge", run, "-o", tmp_path / "out", *options)
@@ -119,6 +120,25 @@ def test_what_cannot_be_merged_is_refused_in_two_lines(
         error, hint = ended.complaint
         assert word in error
         assert hint.startswith("hint:")
+    for wrong in (("--upcycle", 0), ("--upcycle", 1), ("--top-k", 0)):
+        assert pyper("merge", run, "-o", tmp_path / "out", *wrong).exit_code == 2
     ended = pyper("merge", run, "-o", run / "merged")
     assert "belongs to the run" in ended.complaint[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_may_lie_beside_a_run_file(pyper: Pyper, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[data]\npath = 'elsewhere'\n")
+    merged(pyper, run, tmp_path / "merged")
+
+
+def test_merging_elsewhere_leaves_the_settings_of_the_run_alone(
+    pyper: Pyper, run: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """A run of a machine with a GPU is merged on one without."""
+    file = run / "run.toml"
+    text = file.read_text().replace(str(finished_run), str(run))
+    assert text.count('device = "cpu"') == 1
+    file.write_text(text.replace('device = "cpu"', 'device = "gpu9"'))
+    merged(pyper, run, tmp_path / "merged", "--device", "cpu")
+    assert 'device = "gpu9"' in file.read_text()

@@ -70,6 +70,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         (TrainConfig, {"steps": 1, "learning_rate": -1.0},
          "`learning_rate`: input should be greater than 0, not -1.0",
          "mend `learning_rate` in `TrainConfig(…)`"),
+        (ExpertConfig, {"activation": "gleu"},
+         "`activation`: input should be 'gelu', 'gelu_tanh', 'swiglu' or 'relu2', not 'gleu'",
+         "did you mean `gelu`?"),
+        (ExpertConfig, {"activation": "softsign-x"},
+         "`activation`: input should be 'gelu', 'gelu_tanh', 'swiglu' or 'relu2', "
+         "not 'softsign-x'",
+         "mend `activation` in `ExpertConfig(…)`"),
     ],
 )  # fmt: skip
 def test_a_section_made_in_python_says_the_same(

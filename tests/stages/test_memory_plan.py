@@ -279,7 +279,20 @@ def test_the_plan_of_a_run_file_counts_the_work_of_a_step(tmp_path: Path) -> Non
     tokens = planned["run"]["train"]["global_batch_tokens"]
     assert planned["step"]["flops"] == flops * tokens
     assert planned["step"]["seconds"] == pytest.approx(flops * tokens / 5e14)
+    assert planned["step"]["mfu"] == 0.5
     assert planned["needs"]["memory"]["total"] > 3e10
+
+
+def test_a_plan_for_people_says_at_which_rate_and_for_which_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data are
+    done = CliRunner().invoke(app, ["inspect", "--plan", "sparse", "--mfu", "0.4"])
+    told = " ".join(done.stdout.split())
+    assert "at 40 % of 989 TFLOP/s" in told
+    assert "a vocabulary of 32,768" in told
+    assert "the model" in told
+    assert "expert" not in told  # one model, not one of several
 
 
 @pytest.mark.parametrize(("precision", "measured"), [("bf16", 42.0), ("fp8", 42.6)])

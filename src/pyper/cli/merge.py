@@ -16,7 +16,7 @@ def merge(
     routing: Annotated[
         str, typer.Option(help="token_choice, expert_choice, threshold or capped.")
     ] = "token_choice",
-    top_k: Annotated[int, typer.Option(help="Experts per token under token choice.")] = 2,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token under token choice.")] = 2,
     router: Annotated[str, typer.Option(help="ridge, means or random.")] = "ridge",
     attention: Annotated[
         str, typer.Option(help="average, or soft: keep all attentions, softly mixed.")
@@ -25,14 +25,16 @@ def merge(
         bool, typer.Option("--average", help="One dense model of mean weights instead.")
     ] = False,
     upcycle: Annotated[
-        int | None, typer.Option(help="Copy the dense control this many times instead.")
+        int | None, typer.Option(min=2, help="Copy the dense control this many times instead.")
     ] = None,
-    noise: Annotated[float, typer.Option(help="On upcycled copies, e.g. 0.01.")] = 0.0,
+    noise: Annotated[float, typer.Option(min=0, help="On upcycled copies, e.g. 0.01.")] = 0.0,
     add: Annotated[
         str | None,
         typer.Option(metavar="RUN:EXPERT", help="Add a run's expert to a merged model."),
     ] = None,
-    device: Annotated[str, typer.Option()] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda …; auto: the run's own, with --add any GPU.")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Make one sparse model of a run's experts: their feed-forwards become experts of each layer.

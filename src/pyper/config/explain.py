@@ -1,6 +1,7 @@
 """What pydantic complains about, in one line and with a way out."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import get_args
 
@@ -22,7 +23,12 @@ def explain(model: type[BaseModel], error: ValidationError, where_to: str) -> Co
     shown = "" if isinstance(given, dict) else f", not {given!r}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return ConfigError(f"`{name}`: {message}{shown}", hint=f"mend `{name}` {where_to}")
+    hint = f"mend `{name}` {where_to}"
+    if first["type"] == "literal_error" and isinstance(given, str):
+        known = re.findall("'([^']*)'", first["ctx"]["expected"])
+        close = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+        hint = f"did you mean `{close[0]}`?" if close else hint
+    return ConfigError(f"`{name}`: {message}{shown}", hint=hint)
 
 
 def _is_branch_of_union(part: str | int) -> bool:

@@ -86,10 +86,11 @@ def change_mixture(
 
 def refuse_overwriting(output: Path) -> None:
     """Another mixture may be replaced; data, runs and what a run made itself may not."""
-    if (output.parent / "run.toml").is_file():
+    # a run file of the user's own may lie anywhere; a run has both
+    if all((output.parent / name).is_file() for name in ("run.toml", "run.json")):
         raise ConfigError(
             f"{output} belongs to the run {output.parent}",
-            hint="write the changed mixture elsewhere: `-o mixtures/new`",
+            hint="write it elsewhere: `-o models/new`",
         )
     is_mixture = (output / "config.json").is_file() and (output / "tokenizer.json").is_file()
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not is_mixture):

@@ -44,14 +44,15 @@ class Context:
         return self.data.tokenizer()
 
 
-def open_context(run: RunConfig, console: Console) -> Context:
+def open_context(run: RunConfig, console: Console, device_name: str | None = None) -> Context:
     """Check the data, resolve what follows from it, open the run folder, ready the process.
 
+    device_name stands for the run's own, which stays as it is written.
     Raises DataError, ConfigError, TokenizerError, StorageError, CheckpointError.
     """
     keep_freed_memory()
     data = TokenData.open(run.data.path)
-    device = pick_device(run.run.device)
+    device = pick_device(device_name or run.run.device)
     resolved = resolve_precision(resolve(run, data), device)
     path, start = resolved.train.start_from, None
     if path is not None and not has_begun(folder_of(resolved)):  # or the folder bound the next try

@@ -61,6 +61,8 @@ class MergePlan:
     noise_std: float = 0.0
     """Of upcycled copies, in units of each matrix' root mean square."""
     barrier_limit: float = BARRIER_LIMIT
+    device: str = "auto"
+    """"auto" is that of the run."""
 
 
 def merge_run(run_file: Path, output: Path, plan: MergePlan, console: Console) -> Result:
@@ -68,7 +70,9 @@ def merge_run(run_file: Path, output: Path, plan: MergePlan, console: Console) -
 
     Raises ConfigError, CheckpointError (experts without a common seed, with the measured barrier).
     """
-    context = open_context(load_run(run_file), console)
+    context = open_context(
+        load_run(run_file), console, None if plan.device == "auto" else plan.device
+    )
     held_out = held_out_windows(
         context.data.documents("valid"), context.run.data.seq_len, _VALID_TOKENS
     )

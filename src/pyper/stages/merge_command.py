@@ -10,6 +10,7 @@ from rich.table import Table
 from pyper.config import SparseConfig, load_run
 from pyper.config.explain import nearest
 from pyper.config.load import validate
+from pyper.config.sparse import Routing
 from pyper.errors import ConfigError
 from pyper.stages.change import refuse_overwriting
 from pyper.stages.context import pick_device
@@ -42,6 +43,7 @@ def merge_command(
             raise ConfigError(f"`--add {options.add}` is not RUN:EXPERT", hint="e.g. runs/law:law")
         device = str(pick_device(options.device))
         return add_to_merged(run_file, Path(run), name, output, device)
+    _one_of("--routing", options.routing, get_args(Routing))
     _one_of("--router", options.router, get_args(Router))
     _one_of("--attention", options.attention, ("average", "soft"))
     n_experts = options.upcycle or load_run(run_file).mixture.n_experts
@@ -51,12 +53,18 @@ def merge_command(
         average=options.average,
         upcycle=options.upcycle is not None,
         noise_std=options.noise,
+        device=options.device,
     )
     return merge_run(run_file, output, plan, console)
 
 
 def _sparse_of(options: MergeOptions, n_experts: int) -> SparseConfig:
     by_token = options.routing == "token_choice"
+    if by_token and not 1 <= options.top_k <= n_experts:
+        raise ConfigError(
+            f"`--top-k` must be in [1, {n_experts}], the number of experts, not {options.top_k}",
+            hint="`1` costs as much as a dense layer, `2` twice that",
+        )
     values: dict[str, Any] = {
         "n_experts": n_experts,
         "routing": options.routing,

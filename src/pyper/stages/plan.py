@@ -31,6 +31,8 @@ def plan(run: RunConfig) -> dict[str, Any]:
         data = TokenData.open(run.data.path)
     except DataError as error:
         note = error.message
+        if not run.model.vocab_size and run.train.start_from is None:
+            note += f"; the counts above are for a vocabulary of {_USUAL_VOCABULARY:,}"
         update = {
             "vocab_size": run.model.vocab_size or _USUAL_VOCABULARY,
             "seq_len": run.model.seq_len or run.data.seq_len,
@@ -106,7 +108,13 @@ def step_plan(planned: dict[str, Any], mfu: float, peak_flops: float) -> dict[st
     tokens = planned["run"]["train"]["global_batch_tokens"]
     flops = tokens * planned["needs"]["train_flops_per_token"]
     seconds = flops / (mfu * peak_flops)
-    return {"flops": flops, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {
+        "flops": flops,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": mfu,
+        "peak_flops": peak_flops,
+    }
 
 
 def plan_table(planned: dict[str, Any]) -> Group:
@@ -119,11 +127,16 @@ def needs_table(planned: dict[str, Any]) -> Table:
     """What a run needs; of one step too, where `step_plan` is in `planned["step"]`."""
     needs = planned["needs"]
     table = Table(show_header=False, box=None)
-    table.add_row("one expert", f"{needs['parameters_per_expert']:,} parameters")
-    table.add_row("all experts", f"{needs['parameters']:,} parameters")
+    if needs["parameters"] == needs["parameters_per_expert"]:
+        table.add_row("the model", f"{needs['parameters']:,} parameters")
+        at_a_time = "memory"
+    else:
+        table.add_row("one expert", f"{needs['parameters_per_expert']:,} parameters")
+        table.add_row("all experts", f"{needs['parameters']:,} parameters")
+        at_a_time = "memory, one expert at a time"
     table.add_row("training", f"{needs['train_flops_per_token']:,} FLOPs per token")
     memory = {part: format_bytes(n) for part, n in needs["memory"].items() if n}
-    table.add_row("memory, one expert at a time", memory.pop("total"))
+    table.add_row(at_a_time, memory.pop("total"))
     for part, size in memory.items():
         table.add_row(f"  {part.replace('_', ' ')}", size)
     table.add_row("disk, at most", format_bytes(needs["disk_bytes"]))
@@ -135,7 +148,9 @@ def needs_table(planned: dict[str, Any]) -> Table:
     if any(d["weight"] != 1.0 for d in planned.get("domains", {}).values()):
         _add_domains(table, planned["domains"])
     if step := planned.get("step"):
-        table.add_row("one step", f"{step['flops']:.3g} FLOPs, {step['seconds']:.3g} s")
+        share = f"{100 * step['mfu']:g} % of {step['peak_flops'] / 1e12:g} TFLOP/s"
+        spent = f"{step['flops']:.3g} FLOPs, {step['seconds']:.3g} s at {share}"
+        table.add_row("one step", spent)
         table.add_row("speed", f"{step['tokens_per_second']:,.0f} tokens per second")
     return table
 
