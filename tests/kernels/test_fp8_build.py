@@ -37,7 +37,7 @@ cast, activation, heads = load("fp8_cast"), load("fp8_activation"), load("fp8_he
 build(cast._measure, {}, NORMS=True, ROWS=4, BLOCK_D=2048)
 build(activation._hidden_forward, {"hidden_ptr": "*fp8e4nv"}, ACTIVATION="gelu", BLOCK=4096)
 turned = [
-    build(cast._cast_both, {"rows_ptr": t, "columns_ptr": t}, BLOCK_N=128, BLOCK_D=128)
+    build(cast._cast_both, {"rows_ptr": t, "columns_ptr": "*i16"}, PAIRS=64, BLOCK_D=128)
     for t in ("*fp8e4nv", "*fp8e5")
 ]
 types = {"dpre_ptr": "*fp8e5", "columns_ptr": "*i16", "hidden_ptr": "*i16"}
