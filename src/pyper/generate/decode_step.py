@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyper.generate.recording import record
 from pyper.generate.step_inputs import Row, StepInputs
 from pyper.generate.thin_layers import ThinLayers
 from pyper.generate.usual_layers import UsualLayers
@@ -20,8 +21,6 @@ from pyper.nn.rope import rotation
 
 # Batches are filled up to one of these.
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Runs before recording: kernels are built and algorithms chosen.
-_USUAL_RUNS = 3
 
 
 def has_fixed_shapes(model: Transformer) -> bool:
@@ -69,8 +68,7 @@ class DecodeStep:
     ) -> None:
         """max_tokens: the longest text. compiled, thin: see `layers_for`.
 
-        pool: memory that graphs which never overlap may share; then each run also overwrites what
-        other steps gave.
+        pool: see `record`; rows without a text write to the page that belongs to nobody.
         """
         self.store, self.batch = store, batch
         n_pages = -(-max_tokens // PAGE_TOKENS)
@@ -79,7 +77,7 @@ class DecodeStep:
         self._layers = layers_for(model, store, batch, longest, compiled=compiled, thin=thin)
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
-            self._record(model, pool)
+            self._graph, self._out = record(lambda: self._compute(model), pool)
 
     def run(self, model: Transformer, rows: Sequence[Row], tokens: Tensor | None = None) -> Tensor:
         """Log-probabilities (R, V) after one more token in each row; the next run overwrites them.
@@ -92,19 +90,6 @@ class DecodeStep:
         else:
             self._graph.replay()
         return self._out[: len(rows)]
-
-    def _record(self, model: Transformer, pool: Any) -> None:
-        """Rows without a text write to the page that belongs to nobody."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_USUAL_RUNS):
-                self._compute(model)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Only of this thread: another may be loading an expert.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._out = self._compute(model)
 
     def _compute(self, model: Transformer) -> Tensor:
         inputs = self._inputs

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pyper.generate.decode_step import BATCHES, DecodeStep, has_fixed_shapes
 from pyper.generate.pages import PagePool
-from pyper.generate.reading import Job, Reading, Text, publish, read, take_pages
+from pyper.generate.prefill_step import PrefillStep, filled_length
+from pyper.generate.reading import Job, Reading, Text, conclude, publish, read, take_pages
 from pyper.nn import KVStore, Transformer
 
 
@@ -31,6 +32,7 @@ class ExpertRunner:
         self.fixed_shapes = fixed_shapes and has_fixed_shapes(model)
         self.compiled, self.graph_pool = compiled, graph_pool
         self._steps: dict[int, DecodeStep] = {}
+        self._beginnings: dict[int, PrefillStep | None] = {}
 
     def read(self, model: Transformer, jobs: Sequence[Job], pool: PagePool) -> None:
         """Run the jobs; each reading then knows its next prediction."""
@@ -38,7 +40,9 @@ class ExpertRunner:
         others = [job for job in jobs if not (self.fixed_shapes and _is_single(job))]
         if single:
             self._decode(model, single, pool)
-        if others:
+        if len(others) == 1 and self.fixed_shapes and _is_beginning(others[0]):
+            self._begin(model, others[0], pool)
+        elif others:
             read(model, self.store, pool, others)
 
     def read_ahead(
@@ -73,6 +77,22 @@ class ExpertRunner:
             job.reading.n_read, job.reading.last = job.upto, row
             publish(job.text, job.reading, pool)
 
+    def _begin(self, model: Transformer, job: Job, pool: PagePool) -> None:
+        """A length that comes for the first time is not worth a recording."""
+        length = filled_length(job.n_new)
+        if length not in self._beginnings:
+            self._beginnings[length] = None
+            read(model, self.store, pool, [job])
+            return
+        step = self._beginnings[length]
+        if step is None:
+            with torch.no_grad():
+                step = PrefillStep(model, self.store, length, pool=self.graph_pool)
+            self._beginnings[length] = step
+        take_pages(job.reading, job.upto, pool)
+        states = step.run(model, job.text.tokens[: job.upto], job.reading.pages)
+        conclude(model, states, [job], pool)
+
     def _step(self, model: Transformer, n_rows: int) -> DecodeStep:
         most = BATCHES[-1]
         batch = next((b for b in BATCHES if b >= n_rows), -(-n_rows // most) * most)
@@ -87,6 +107,11 @@ class ExpertRunner:
                     pool=self.graph_pool,
                 )
         return self._steps[batch]
+
+
+def _is_beginning(job: Job) -> bool:
+    """Whether the job reads the first tokens of a text, and nothing on trial."""
+    return job.start == 0 and not job.n_held and not job.guesses
 
 
 def _is_single(job: Job) -> bool:

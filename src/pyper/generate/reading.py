@@ -139,6 +139,11 @@ def read(model: Transformer, store: KVStore, pool: PagePool, jobs: Sequence[Job]
     chunks = [Chunk(job.reading.pages, job.start, job.n_new, job.n_held) for job in jobs]
     tokens = [token for job in jobs for token in job.tokens]
     states = model.read_cached(torch.tensor(tokens).to(model.device), CachePass.plan(store, chunks))
+    conclude(model, states, jobs, pool)
+
+
+def conclude(model: Transformer, states: Tensor, jobs: Sequence[Job], pool: PagePool) -> None:
+    """Jobs that were read: what the final states (N, D) of their tokens say of the next ones."""
     _predict(model, states, jobs)
     for job in jobs:
         job.reading.n_read = job.upto
