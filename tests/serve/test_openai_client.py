@@ -211,6 +211,17 @@ class TestChat:
         assert parts[-1].usage.completion_tokens == 12
         assert len({part.id for part in parts}) == 1
 
+    def test_an_answer_can_be_sent_back_as_it_came(self, client: openai.OpenAI) -> None:
+        question: Any = {"role": "user", "content": "the fox"}
+        answer = chat_of(client).choices[0].message
+        for sent in (answer, answer.model_dump(), answer.to_dict()):
+            got = client.chat.completions.create(
+                model="tiny", messages=[question, sent, question], max_tokens=1
+            )
+            assert got.usage is not None
+            text = f"the fox\n{answer.content}\nthe fox"
+            assert got.usage.prompt_tokens == 1 + len(text.encode())
+
     def test_logprobs_name_tokens_and_bytes(self, client: openai.OpenAI) -> None:
         content = chat_of(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
         assert len(content) == 12
@@ -261,6 +272,14 @@ class TestEmbeddings:
         reply = server.post("/v1/embeddings", {"model": "tiny", "input": "a"} | changes)
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == next(iter(changes))
+
+    def test_a_text_may_fill_the_context_and_no_more(self, server: Server) -> None:
+        for n_bytes, status in ((CONTEXT - 1, 200), (CONTEXT, 400)):
+            body = {"model": "tiny", "input": "x" * n_bytes}
+            reply = server.post("/v1/embeddings", body)
+            assert reply.status_code == status
+        message = reply.json()["error"]["message"]
+        assert message == f"`input` has {CONTEXT + 1:,} tokens; the context holds {CONTEXT:,}"
 
 
 class TestModels:

@@ -167,6 +167,14 @@ class TestObserving:
     def test_health_says_what_runs(self, server: Server) -> None:
         assert server.health() == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
 
+    @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nothing"])
+    def test_a_head_is_that_of_the_whole(self, server: Server, path: str) -> None:
+        whole, head_alone = server.get(path), server.client.head(path)
+        assert head_alone.status_code == whole.status_code
+        assert head_alone.headers["content-length"] == whole.headers["content-length"]
+        assert head_alone.content == b""
+        assert server.client.head("/v1/completions").status_code == 405
+
     def test_metrics_count_requests_and_tokens(self, server: Server) -> None:
         name = 'pyper_requests_total{path="/v1/completions",status="200"}'
         answered, decoded = server.metric(name), server.metric("pyper_decoded_tokens")

@@ -96,6 +96,22 @@ def test_an_answer_can_be_stopped(page: Page, server: Server, how: str) -> None:
     assert page.run("return document.activeElement.id") == "prompt"
 
 
+def test_buttons_that_hide_pass_the_keyboard_on(page: Page) -> None:
+    page.set("max-tokens", 2000)
+    page.set("temperature", 0)
+    page.find("#prompt").send_keys("the fox", Keys.TAB)
+    page.window.switch_to.active_element.send_keys(Keys.SPACE)
+    page.wait(page.is_writing)
+    assert page.run("return document.activeElement.id") == "stop"
+    page.window.switch_to.active_element.send_keys(Keys.SPACE)
+    page.wait(lambda: not page.is_writing())
+    page.set("max-tokens", 12)
+    page.find("#prompt").send_keys("the fox", Keys.TAB)
+    page.window.switch_to.active_element.send_keys(Keys.SPACE)
+    page.wait(lambda: len(page.find_all(".assistant")) == 2 and not page.is_writing())
+    assert page.run("return document.activeElement.id") == "prompt"
+
+
 def test_shift_enter_begins_a_line_and_enter_sends_the_conversation(page: Page) -> None:
     page.find("#prompt").send_keys("a", Keys.SHIFT, Keys.ENTER, Keys.NULL, "b")
     assert page.find("#prompt").get_attribute("value") == "a\nb"

@@ -198,7 +198,12 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content = None
     name: Annotated[str, Field(max_length=256)] | None = None
+    # An answer that is sent back with all its fields; these say nothing more.
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:

@@ -59,10 +59,15 @@ def _fit(tokens: list[int], context: int, keep: int | None, param: str) -> tuple
         tokens = [tokens[0], *tokens[len(tokens) - keep + 1 :]]
     if len(tokens) >= context:
         raise ApiError(
-            400,
-            f"the prompt has {len(tokens):,} tokens; the context of {context:,} holds at most "
-            f"{context - 1:,} and what is written",
-            param=param,
-            code="context_length_exceeded",
+            400, _too_long(len(tokens), context, param), param=param, code="context_length_exceeded"
         )
     return tuple(tokens)
+
+
+def _too_long(n_tokens: int, context: int, param: str) -> str:
+    if param == "input":  # nothing is written after it
+        return f"`input` has {n_tokens:,} tokens; the context holds {context - 1:,}"
+    return (
+        f"the prompt has {n_tokens:,} tokens; the context of {context:,} holds at most "
+        f"{context - 1:,} and what is written"
+    )

@@ -259,9 +259,13 @@ function askForKey() {
 }
 
 function setRunning(controller) {
+  const focused = document.activeElement;
   running = controller;
   at("send").hidden = controller !== null;
   at("stop").hidden = controller === null;
+  // A button that hides would take the place of a keyboard user with it.
+  if (controller && focused === at("send")) at("stop").focus();
+  if (!controller && focused === at("stop")) at("prompt").focus();
 }
 
 function grow() {
@@ -317,7 +321,7 @@ function connectComposer() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") running?.abort();
+    if (event.key === "Escape" && !event.isComposing) running?.abort();
   });
   at("stop").addEventListener("click", () => { running?.abort(); at("prompt").focus(); });
   at("new-chat").addEventListener("click", () => {
