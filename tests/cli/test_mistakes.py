@@ -337,9 +337,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
-def test_a_result_that_finds_no_room_is_an_error_in_words() -> None:
+@pytest.mark.parametrize("how", [["--json"], []], ids=["json", "tables"])
+def test_a_result_that_finds_no_room_is_an_error_in_words(how: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "pyper.cli.main", "inspect", "--plan", "small", "--json"]
+        command = [sys.executable, "-m", "pyper.cli.main", "inspect", "--plan", "small", *how]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert "cannot be written" in done.stderr

@@ -22,7 +22,7 @@ from pyper.cli import (
     serve,
     train,
 )
-from pyper.cli.output import report_error
+from pyper.cli.output import NO_ROOM, report_error, unwritten
 from pyper.errors import PyperError
 
 app = typer.Typer(
@@ -78,6 +78,11 @@ def run() -> None:
     except PyperError as error:
         report_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:  # of a text or a table; files are named, and their errors our own
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        report_error(unwritten(error))
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

@@ -1,5 +1,6 @@
 """Results on stdout, everything else on stderr."""
 
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from pyper.errors import PyperError, StorageError
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
 ]
@@ -37,12 +39,17 @@ def print_json(value: Any) -> None:
     except BrokenPipeError:  # the reader has seen enough
         raise
     except OSError as error:
-        # What is still buffered would be written again, and fail again, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise StorageError(
-            f"the result cannot be written: {error.strerror}",
-            hint="send it to a file on a disk with room",
-        ) from None
+        raise unwritten(error) from None
+
+
+def unwritten(error: OSError) -> StorageError:
+    """Of results that stdout does not take; it is left alone from then on."""
+    # What is still buffered would be written again, and fail again, when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return StorageError(
+        f"the result cannot be written: {error.strerror}",
+        hint="send it to a file on a disk with room",
+    )
 
 
 def report_error(error: PyperError) -> None:
