@@ -78,6 +78,7 @@ def test_one_more_expert_joins_a_merged_model(pyper: Pyper, run: Path, tmp_path:
     merged(pyper, run, tmp_path / "merged")
     result = merged(pyper, tmp_path / "merged", tmp_path / "grown", "--add", f"{run}:sums")
     assert result["n_experts"] == 3
+    assert 0.3 < result["cosine"] <= 1  # type: ignore[operator]
     before, after = (model_of(tmp_path / n).state_dict() for n in ("merged", "grown"))
     name = "blocks.0.feed_forward.down.weight"
     assert torch.equal(after[name][:2], before[name])
@@ -142,3 +143,20 @@ def test_merging_elsewhere_leaves_the_settings_of_the_run_alone(
     file.write_text(text.replace('device = "cpu"', 'device = "gpu9"'))
     merged(pyper, run, tmp_path / "merged", "--device", "cpu")
     assert 'device = "gpu9"' in file.read_text()
+
+
+def test_a_stranger_is_not_added_to_a_merged_model(
+    pyper: Pyper, run: Path, run_file: Path, tmp_path: Path
+) -> None:
+    merged(pyper, run, tmp_path / "merged")
+    other = ("--set", f"run.folder={tmp_path / 'other'}", "--set", "run.random_seed=7")
+    assert pyper("train", run_file, *other).exit_code == 0
+    ended = pyper(
+        "merge", tmp_path / "merged", "-o", tmp_path / "out", "--add", f"{tmp_path}/other:sums"
+    )
+    assert ended.exit_code == 1
+    error, hint = ended.complaint
+    assert "no common seed" in error
+    assert "cosine" in error
+    assert "pyper mix" in hint
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,14 @@
 
 from pyper.merge.add_expert import add_expert
 from pyper.merge.average import average_weights
-from pyper.merge.common_seed import Loss, barrier, barriers, check_common_seed
+from pyper.merge.common_seed import (
+    Loss,
+    barrier,
+    barriers,
+    check_common_seed,
+    check_kinship,
+    likeness,
+)
 from pyper.merge.compatible import check_mergeable
 from pyper.merge.routers import (
     fit_router_means,
@@ -19,10 +26,12 @@ __all__ = [
     "barrier",
     "barriers",
     "check_common_seed",
+    "check_kinship",
     "check_mergeable",
     "fit_router_means",
     "fit_router_ridge",
     "init_router_random",
+    "likeness",
     "merge_experts",
     "merged_sparse_config",
     "ridge_solution",

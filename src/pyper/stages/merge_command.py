@@ -84,6 +84,9 @@ def merge_table(result: dict[str, Any]) -> Table:
     if "loss" not in result:
         table = Table(show_header=False, box=None)
         table.add_row(result["path"], f"{result['n_experts']} experts in every sparse layer")
+        table.add_row(
+            "", f"cosine of the new feed-forwards with the others: {result['cosine']:.3f}"
+        )
         return table
     table = Table(title="validation loss before any tuning, nats per token")
     table.add_column("model")
