@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,7 @@ from _record import add_json_option, write_record
 from rich.console import Console
 from rich.table import Table
 
-from pyper.config.presets import preset_path
+from pyper.config.load import find_run_file, read_toml
 from pyper.stages.toml import to_toml
 from pyper.train.metrics import read_metrics
 
@@ -58,8 +57,10 @@ ARMS: dict[str, list[str]] = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="a sparse run file, or a preset: `sparse`, `sparse-d256`")
-    parser.add_argument("--data", type=Path, required=True, help="from `pyper prepare`")
+    parser.add_argument(
+        "run", nargs="?", help="a sparse run file, or a preset: `sparse`, `sparse-d256`"
+    )
+    parser.add_argument("--data", type=Path, help="from `pyper prepare`")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--side-by-side", type=int, default=1, metavar="N")
@@ -74,14 +75,14 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace, root: Path) -> None:
         self.options, self.root = options, root
-        self.values = tomllib.loads(_run_file(options.run).read_text())
+        self.values = read_toml(find_run_file(options.run))
 
     def train(self, arm: str, seed: int, extra: list[str]) -> tuple[Path, dict[str, Any]]:
         """The run's folder and what `pyper train --json` printed; raises with its own words."""
         folder = self.root / f"{arm}-{seed}-{len(extra)}".replace(" ", "_").replace(",", "")
         values = json.loads(json.dumps(self.values))
         if arm == "dense":
-            del values["model"]["sparse"]
+            values["model"].pop("sparse", None)
         file = folder.with_suffix(".toml")
         file.write_text(to_toml(values))
         command = [sys.executable, "-m", "pyper.cli.main", "train", str(file), "--json"]
@@ -108,10 +109,6 @@ class Runs:
             "mixture.top_k=1",
             *own,
         ]
-
-
-def _run_file(run: str) -> Path:
-    return Path(run) if Path(run).is_file() else preset_path(run)
 
 
 def measure(runs: Runs, arm: str, seed: int) -> dict[str, Any]:
@@ -163,6 +160,9 @@ def show(rows: list[dict[str, Any]], speeds: dict[str, float]) -> None:
 
 def main() -> None:
     options = parse()
+    if options.run is None or options.data is None:
+        print("needs data: python benchmarks/sparse_table.py sparse --data data/mine")
+        return
     with tempfile.TemporaryDirectory() as root:
         runs = Runs(options, Path(root))
         todo = [(arm, seed) for seed in options.seeds for arm in options.arms]

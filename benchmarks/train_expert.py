@@ -2,7 +2,8 @@
 
     python benchmarks/train_expert.py [--json FILE] [--only NAME …] [--steps 8] [--micro-batch 8]
 
-The shape of `8x1b5` (1.54 B parameters) on a GPU with 80 GB; smaller with `--layers` and `--width`.
+The shape of `8x1b5` (1.54 B parameters) on a GPU with 80 GB; smaller with `--layers` and `--width`,
+and tiny where there is no GPU.
 Each row trains for real (forward, loss, backward, clipping, AdamW) on random tokens, in a process
 of its own. transformers runs with weights, gradients and moments in bf16 and PyTorch's fused AdamW;
 Pyper keeps weights exact in float32. MFU counts 6N + 12·L·D·T FLOPs per token (N without the input
@@ -49,17 +50,23 @@ KERNELS: dict[str, type[Attention] | type[FeedForward] | type[RMSNorm]] = {
     "norm": RMSNorm,
 }
 Step = Callable[[], float]
+SIZES: dict[str, tuple[int, int]] = {  # on a GPU, and without one
+    "micro-batch": (8, 2),
+    "seq-len": (2048, 64),
+    "layers": (28, 2),
+    "width": (2048, 128),
+    "vocabulary": (32_768, 512),
+}
+HEAD_DIM = 128
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=ROWS, default=ROWS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=8, help="timed; five more come before")
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=32_768)
+    for name, (on_gpu, without) in SIZES.items():
+        size = on_gpu if torch.cuda.is_available() else without
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"({size})")
     parser.add_argument(
         "--experts", type=int, default=0, help="sparse feed-forwards (Pyper's rows)"
     )
@@ -76,7 +83,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.width < HEAD_DIM or args.width % HEAD_DIM:
+        parser.error(f"--width must be a multiple of {HEAD_DIM}, one head, not {args.width}")
+    return args
 
 
 def shape_of(args: argparse.Namespace) -> ExpertConfig:
@@ -91,7 +101,7 @@ def shape_of(args: argparse.Namespace) -> ExpertConfig:
         bos_id=0,
         d_model=args.width,
         n_layers=args.layers,
-        n_heads=args.width // 128,
+        n_heads=args.width // HEAD_DIM,
         d_ff=4 * args.width,
     )
 
@@ -200,6 +210,8 @@ def main() -> None:
     if args.row:
         print(json.dumps(run_row(args)))
         return
+    if not torch.cuda.is_available():
+        print("No GPU here: a tiny shape on the CPU, to see that it runs.")
     results: dict[str, Any] = {}
     table = Table("", "tokens/s", "MFU", "GB", "first five steps, s")
     for row in args.only:
@@ -217,6 +229,8 @@ def main() -> None:
         speed = f"{result['tokens_per_second']:,}"
         table.add_row(row, speed, mfu, memory, str(result["first_five_steps_s"]))
         write_record(args.json, results)
+    if all("failed" in result for result in results.values()):
+        raise SystemExit("nothing was measured: every row failed")
     Console().print(table)
 
 

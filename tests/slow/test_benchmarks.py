@@ -34,6 +34,32 @@ def test_without_its_text_tiny_shakespeare_says_what_it_needs() -> None:
     assert "input.txt" in printed_by("tiny_shakespeare.py")
 
 
+def test_without_data_the_table_of_sparse_models_says_what_it_needs() -> None:
+    assert "--data" in printed_by("sparse_table.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would take minutes")
+def test_one_expert_beside_transformers_is_tiny_where_there_is_no_gpu(tmp_path: Path) -> None:
+    rows = ["transformers eager", "Pyper eager"]
+    printed = printed_by("train_expert.py", "--only", *rows, "--json", tmp_path / "train.json")
+
+    assert "No GPU" in printed
+    results = json.loads((tmp_path / "train.json").read_text())["results"]
+    assert all(results[row]["tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "word"), [(("--width", 64), 2, "128"), (("--optimizer", "sdg"), 1, "nothing")]
+)
+def test_one_expert_that_cannot_be_measured_is_no_success(
+    wrong: tuple[object, ...], code: int, word: str
+) -> None:
+    command = [sys.executable, str(BENCHMARKS / "train_expert.py"), "--only", "Pyper eager"]
+    done = subprocess.run([*command, *map(str, wrong)], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert word in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would train for minutes")
 def test_without_a_gpu_the_large_expert_says_what_it_needs() -> None:
     assert "needs a GPU with about 5" in printed_by("large_expert.py")
