@@ -29,8 +29,8 @@ from pyper.kernels.state_8bit import BLOCK, Moment
 if launch.HAS_TRITON:
     from pyper.kernels.adamw_kernel import _adamw
 
-# Blocks of 256 numbers and warps of a program: 8 numbers for each thread.
-_ROWS, _WARPS = 8, 8
+# Blocks of 256 numbers of a program, and its warps: half as many where codes take most of the time.
+_ROWS, _WARPS, _WARPS_OF_CODES = 8, 8, 4
 # Weights that the twin has as float32 at one time.
 _AT_ONCE = 2**27
 
@@ -186,7 +186,7 @@ def _launch(
             MASKED=masked,
             ALIGNED=table.aligned,
             ROWS=_ROWS,
-            num_warps=_WARPS,
+            num_warps=_WARPS if first.mean.largest is None else _WARPS_OF_CODES,
         )
 
 

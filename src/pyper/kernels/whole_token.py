@@ -24,8 +24,8 @@ if launch.HAS_TRITON:
     from pyper.kernels.whole_token_kernel import whole_token_kernel
     from pyper.kernels.whole_token_parts import NAMES
 
-# Bytes of weights that a program has under way, programs of a processor, warps of a program.
-_BLOCK_BYTES, _PER_PROCESSOR, _WARPS = 32_768, 2, 4
+# Weights that a program has under way, programs of a processor, warps of a program.
+_BLOCK_NUMBERS, _PER_PROCESSOR, _WARPS = 16_384, 2, 4
 _MOST_PARTS, _PART_TOKENS = 16, 32
 _N_PHASES = 6
 # Of a program, at most.
@@ -141,20 +141,19 @@ class WholeToken:
             "UP_BIAS": layer.up.bias is not None,
             "DOWN_BIAS": layer.down.bias is not None,
             "HEAD_BIAS": head.bias is not None,
-            **self._block_sizes(layer.qkv.weight.element_size()),
+            **self._block_sizes(),
             "PROGRAMS": self._programs,
             "PARTS": self._parts,
             "PAGE": s.page_tokens,
         }
 
-    def _block_sizes(self, size: int) -> dict[str, int]:
-        """size: bytes of a weight."""
+    def _block_sizes(self) -> dict[str, int]:
         s, D = self.shape, len(self._final_gain)
         return {
-            "BLOCK_OF_D": _block_rows(D * size, s.activation == "swiglu"),
-            "BLOCK_OF_A": _block_rows(s.n_heads * s.dim_per_head * size),
-            "BLOCK_OF_F": _block_rows(s.ff_dim * size),
-            "BLOCK_OF_HEAD": _block_rows(D * self._head.weight.element_size()),
+            "BLOCK_OF_D": _block_rows(D, s.activation == "swiglu"),
+            "BLOCK_OF_A": _block_rows(s.n_heads * s.dim_per_head),
+            "BLOCK_OF_F": _block_rows(s.ff_dim),
+            "BLOCK_OF_HEAD": _block_rows(D),
             # A product takes 16 rows at least.
             "BLOCK_G": max(block_of(s.n_heads // s.n_kv_heads, 1 << 20), 16),
             "BLOCK_S": _PART_TOKENS,
@@ -178,10 +177,10 @@ def _programs(device: torch.device) -> int:
     )
 
 
-def _block_rows(row_bytes: int, gated: bool = False) -> int:
+def _block_rows(width: int, gated: bool = False) -> int:
     """Rows of a weight that a program has under way: a power of two."""
-    room = _BLOCK_BYTES // (2 if gated else 1)
-    rows = max(room // block_of(row_bytes, 1 << 30), 1)
+    room = _BLOCK_NUMBERS // (2 if gated else 1)
+    rows = max(room // block_of(width, 1 << 30), 1)
     return 1 << (rows.bit_length() - 1)
 
 
