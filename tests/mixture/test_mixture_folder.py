@@ -1,5 +1,6 @@
 """Saved mixtures come back equal, or are refused with a reason."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,28 @@ def test_weights_that_do_not_fit_are_refused_by_name() -> None:
         load_tensors_into(model, tensors | {"norm.weight": torch.ones(3)})
 
 
-def test_a_folder_without_a_configuration_is_no_expert(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"d_modle": 3}')
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"d_model": 10**9},
+        {"n_layers": 10**9},
+        {"vocab_size": 10**12},
+        {"d_ff": 10**6},
+        {"head_dim": 10**18},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_giant_size_is_refused_before_room_is_made(size: dict[str, int]) -> None:
+    giant = small_expert().config.model_copy(update=size)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="far too few"):
+        build_expert(giant, model_tensors(small_expert()), device=torch.device("cpu"))
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("content", ['{"d_modle": 3}', "[" * 100_000], ids=["unknown", "deep"])
+def test_a_folder_without_a_configuration_is_no_expert(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match="not the configuration of an expert") as caught:
         load_expert(tmp_path, device=torch.device("cpu"))
     assert caught.value.hint

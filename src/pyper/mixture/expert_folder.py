@@ -46,7 +46,7 @@ def read_expert_config(file: Path) -> ExpertConfig:
     """The shape of a saved expert. Raises CheckpointError for anything else."""
     try:
         return ExpertConfig.model_validate(json.loads(file.read_text()))
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is not the configuration of an expert: {error}",
             hint="train again, or copy the folder again from where it came",
@@ -62,10 +62,10 @@ def build_expert(
 ) -> Transformer:
     """A model of these weights, without first drawing random ones; in evaluation mode.
 
-    keep: see `load_tensors_into`; the tensors must be on the device.
+    keep: see `load_tensors_into`; the tensors must be on the device. Raises CheckpointError where
+    they are not this shape's, before anything of its size is made.
     """
-    with torch.device("meta"), _NoRandomNumbers():
-        model = Transformer(config)
+    model = _without_weights(config, sum(tensor.numel() for tensor in tensors.values()))
     if config.tie_embeddings:  # to_empty would give the shared matrix two homes
         model.head.register_parameter("weight", None)
     dtype = tensors["embedding.weight"].dtype
@@ -74,6 +74,25 @@ def build_expert(
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
     return model.eval()
+
+
+def _without_weights(config: ExpertConfig, n_held: int) -> Transformer:
+    """On the meta device. Raises CheckpointError where `n_held` weights are far too few for it."""
+    wrong = CheckpointError(
+        f"the weights do not fit the model: {n_held:,} are far too few for its `config.json`",
+        hint="copy the folder again from where it came",
+    )
+    # Each layer takes time to make, if no room.
+    if max(config.n_layers, config.vocab_size * config.d_model) > n_held:
+        raise wrong
+    try:
+        with torch.device("meta"), _NoRandomNumbers():
+            model = Transformer(config)
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise wrong from error
+    if sum(parameter.numel() for parameter in model.parameters()) > 2 * n_held:
+        raise wrong
+    return model
 
 
 class _NoRandomNumbers(TorchFunctionMode):

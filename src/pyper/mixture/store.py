@@ -135,7 +135,7 @@ def read_settings(folder: Path) -> MixtureSettings:
     """`config.json` of a mixture. Raises CheckpointError."""
     try:
         return MixtureSettings.model_validate(json.loads((folder / _CONFIG).read_text()))
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, ValidationError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{folder / _CONFIG} is not the configuration of a mixture: {first}",
