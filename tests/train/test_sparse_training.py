@@ -167,10 +167,14 @@ def test_metrics_hold_the_routing_numbers(
     assert len(records) == 8
     for record in records:
         assert {k.removeprefix("routing/") for k in record if k.startswith("routing/")} == (
-            KEYS | {"load"}
+            KEYS | {"load", "fan_out"}
         )
         layers = 1 if mode == "token_mixture" else 2
         assert [len(share) for share in record["routing/load"]] == [3] * layers
+        for load, fan_out in zip(record["routing/load"], record["routing/fan_out"], strict=True):
+            assert sum(fan_out) == pytest.approx(1, abs=1e-3)
+            met = sum(n * share for n, share in enumerate(fan_out))
+            assert met == pytest.approx(sum(load), abs=2e-3)
         assert all(math.isfinite(record[f"routing/{key}"]) for key in KEYS)
     last = records[-1]
     mean_load = sum(map(sum, last["routing/load"])) / len(last["routing/load"])

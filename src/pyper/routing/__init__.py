@@ -18,6 +18,7 @@ from pyper.routing.expert_choice import (
 from pyper.routing.layer_statistics import (
     LayerStatistics,
     layer_statistics,
+    routing_record,
     routing_summary,
     sum_statistics,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "route_windows",
     "router_probs",
     "router_z_loss",
+    "routing_record",
     "routing_summary",
     "scaled_prices",
     "sign_updated_bias",

@@ -1,6 +1,9 @@
 """What a routed layer did with a pool of tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,4 +105,23 @@ def routing_summary(statistics: LayerStatistics) -> dict[str, float]:
         "load_entropy": float(torch.special.entr(share).sum()),
         "flip_rate": float(statistics.flip_rate),
         "threshold_gap": float(statistics.threshold_gap),
+    }
+
+
+def routing_record(layers: Sequence[LayerStatistics]) -> dict[str, Any]:
+    """What a training step logs: means over layers, and the load and fan-out of each per token.
+
+    Nothing without layers.
+    """
+    if not layers:
+        return {}
+    numbers = [routing_summary(layer) for layer in layers]
+    means = {f"routing/{k}": fmean(n[k] for n in numbers) for k in numbers[0]}
+    shares = {
+        "routing/load": [layer.expert_load / layer.n_tokens for layer in layers],
+        "routing/fan_out": [layer.fan_out / layer.n_tokens for layer in layers],
+    }
+    return means | {
+        key: [[round(x, 4) for x in share.tolist()] for share in of_layers]
+        for key, of_layers in shares.items()
     }

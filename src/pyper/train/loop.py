@@ -1,10 +1,8 @@
 """The training loop of one expert."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from pyper.checkpoint import CheckpointStore, folder_lock
 from pyper.config import TrackConfig, TrainConfig
@@ -13,7 +11,7 @@ from pyper.errors import InterruptedRun, NonFiniteError
 from pyper.evaluate.losses import HeldOut, domain_losses, held_out_windows, mean_loss
 from pyper.mixture.expert_folder import load_tensors_into
 from pyper.nn import Transformer
-from pyper.routing import LayerStatistics, routing_summary
+from pyper.routing import routing_record
 from pyper.train.early_stopping import EarlyStopping
 from pyper.train.interrupt import StopRequest, catch_signals
 from pyper.train.loss import BatchTransform, LossFunction, next_token_loss
@@ -235,7 +233,7 @@ class _Trainer:
             "learning_rate": self.plan.learning_rate * factor,
             "tokens": self.state.step * self.config.global_batch_tokens,
             "epoch": self.state.loader.position.epoch,
-            **_routing_record(result.routing),
+            **routing_record(result.routing),
             **self.throughput.measure(self.state.step),
         }
         for sink in sinks:
@@ -284,13 +282,3 @@ class _Trainer:
         )
         self.progress.finish(result.name, result.steps, result.loss)
         return result
-
-
-def _routing_record(layers: Sequence[LayerStatistics]) -> dict[str, Any]:
-    """Means over the sparse layers, and every layer's shares of the load; nothing without any."""
-    if not layers:
-        return {}
-    numbers = [routing_summary(layer) for layer in layers]
-    means = {f"routing/{k}": fmean(n[k] for n in numbers) for k in numbers[0]}
-    shares = [(layer.expert_load / layer.n_tokens).tolist() for layer in layers]
-    return means | {"routing/load": [[round(x, 4) for x in share] for share in shares]}
