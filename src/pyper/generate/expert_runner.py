@@ -26,7 +26,8 @@ class ExpertRunner:
         compiled: bool,
         graph_pool: Any = None,
     ) -> None:
-        """fixed_shapes: single tokens are read by a `DecodeStep`, where the expert allows it."""
+        """fixed_shapes: single tokens and the beginnings of single texts are read by a `DecodeStep`
+        and a `PrefillStep`, where the expert allows it."""
         # Not the model: who evicts it must not find it kept here.
         self.store, self.max_tokens = store, max_tokens
         self.fixed_shapes = fixed_shapes and has_fixed_shapes(model)
