@@ -321,6 +321,13 @@ class TestFiles:
         write(tmp_path / "run.toml", "[train]\nsteps = 3\n")
         assert load_run(tmp_path).train.steps == 3
 
+    def test_a_run_folder_is_where_it_lies_and_not_where_it_was_begun(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "run.toml", '[run]\nfolder = "runs/old"\n')
+        assert load_run(tmp_path).run.folder == Path("runs/old")  # a run file of the user's own
+        write(tmp_path / "run.json", "{}")
+        assert load_run(tmp_path).run.folder == load_run(file).run.folder == tmp_path
+        assert load_run(tmp_path, ["run.folder=new"]).run.folder == Path("new")
+
 
 @pytest.mark.parametrize("name", [*list_presets(), "all"])
 def test_a_resolved_run_file_reads_back_as_the_same_run(name: str, tmp_path: Path) -> None:

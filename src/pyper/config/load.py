@@ -17,12 +17,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, or the name of a shipped one (`small`, `8x1b5` …).
+    """Read a run file, a run folder, or the name of a shipped one (`small`, `8x1b5` …).
 
-    Raises ConfigError for a missing file, bad TOML, unknown keys and values out of range.
+    The settings that a run folder keeps are those of that folder, wherever it was copied to. Raises
+    ConfigError for a missing file, bad TOML, unknown keys and values out of range.
     """
     file = find_run_file(path)
     values = read_toml(file)
+    _settle_in(file, values)
     for override in overrides:
         apply_override(values, override)
     run = parse_run(values)
@@ -30,6 +32,15 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         named = run.run.model_copy(update={"folder": Path("runs") / file.stem})
         run = run.model_copy(update={"run": named})
     return run
+
+
+def _settle_in(file: Path, values: dict[str, Any]) -> None:
+    """Or a command on a copy of a run would read, and write, the run it was copied from."""
+    # A user's own run file may have the same name; beside a run's lies a run.json.
+    if file.name == "run.toml" and (file.parent / "run.json").is_file():
+        section = values.setdefault("run", {})
+        if isinstance(section, dict):
+            section["folder"] = str(file.parent)
 
 
 def find_run_file(path: Path | str) -> Path:
