@@ -2,7 +2,7 @@
 
 PyperError
 ├── ConfigError          a key or value in a run file
-│   └── UsageError       options of a command that do not go together
+│   └── UsageError       options of a command out of range, or that do not go together
 ├── DataError            text, shards, folders
 ├── TokenizerError       tokenizers or vocabularies that do not fit together
 ├── CheckpointError      missing, damaged or foreign checkpoints
@@ -32,7 +32,7 @@ class ConfigError(PyperError):
 
 
 class UsageError(ConfigError):
-    """Options of a command that do not go together, or need another one."""
+    """Options of a command that are out of range, do not go together, or need another one."""
 
     exit_code = 2  # as where an option or a value is not known to the command line
 

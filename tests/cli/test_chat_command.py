@@ -110,18 +110,21 @@ def test_a_conversation_may_grow_beyond_the_context(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "complaint", "code"),
     [
-        (("--expert", "x"), "error: there is no expert `x`"),
-        (("--temperature", -1), "error: `temperature` must be"),
+        (("--expert", "x"), "error: there is no expert `x`", 1),
+        (("--temperature", -1), "error: `temperature` must be", 2),
         (
             ("--chat-template", "nowhere.jinja"),
             "error: cannot read the chat template nowhere.jinja",
+            1,
         ),
     ],
 )
-def test_mistakes_are_explained(chat: Chat, options: tuple[object, ...], complaint: str) -> None:
-    assert chat("a\n", *options, code=1)[0].startswith(complaint)
+def test_mistakes_are_explained(
+    chat: Chat, options: tuple[object, ...], complaint: str, code: int
+) -> None:
+    assert chat("a\n", *options, code=code)[0].startswith(complaint)
 
 
 def messages_of(text: str) -> list[str]:

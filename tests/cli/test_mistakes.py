@@ -122,14 +122,26 @@ def test_a_prompt_that_is_too_long(refused: Refused, finished_run: Path) -> None
     assert hint
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
 @pytest.mark.parametrize(
-    "option", [("--temperature", -1), ("--top-p", 2), ("-n", 0), ("--top-k", 0)]
+    "option",
+    [
+        ("--max-new-tokens", 0),
+        ("--temperature", -1),
+        ("--temperature", "nan"),
+        ("--top-k", 0),
+        ("--top-p", 2),
+        ("--min-p", -1),
+        ("--repetition-penalty", 0),
+        ("--seed", 2**64),
+    ],
 )
-def test_sampling_settings_out_of_range(
-    refused: Refused, finished_run: Path, option: tuple[str, object]
+def test_sampling_settings_out_of_range_are_wrong_usage(
+    refused: Refused, finished_run: Path, command: str, option: tuple[str, object]
 ) -> None:
-    _, hint = refused("generate", finished_run, *option)
-    assert hint
+    error, hint = refused(command, finished_run, *option, code=2)
+    assert f"not {option[1]}" in error
+    assert hint == f"change `{option[0]}`"
 
 
 def test_a_prompt_that_is_no_text(refused: Refused, finished_run: Path) -> None:

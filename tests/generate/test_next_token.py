@@ -162,6 +162,8 @@ def test_repetition_penalty_changes_the_draws_too() -> None:
         {"repetition_penalty": 0.0},
         {"repetition_penalty": math.inf},
         {"stop": ("end", "")},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
     ],
 )
 def test_values_out_of_range_are_refused_with_a_way_out(wrong: dict[str, Any]) -> None:

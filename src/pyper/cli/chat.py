@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from pyper.cli.output import stdout
+from pyper.cli.ranges import options_in_range
 
 
 def chat(
@@ -50,15 +51,16 @@ def chat(
     from pyper.stages.chat import chat_in_terminal, new_seed
     from pyper.stages.write import open_model
 
-    sampling = SamplingConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=new_seed() if seed is None else seed,
-    )
+    with options_in_range():
+        sampling = SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=new_seed() if seed is None else seed,
+        )
     opened = open_model(
         model,
         expert=None,

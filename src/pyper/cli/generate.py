@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pyper.cli.output import JsonOption, print_json, stdout
+from pyper.cli.ranges import options_in_range
 
 
 def generate(
@@ -48,16 +49,17 @@ def generate(
     from pyper.generate import SamplingConfig
     from pyper.stages.write import open_model, print_stream, write_json
 
-    sampling = SamplingConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    with options_in_range():
+        sampling = SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
     opened = open_model(
         model,
         expert=expert,

@@ -41,6 +41,7 @@ class SamplingConfig:
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
             ("stop", all(self.stop), "without empty strings"),
+            ("seed", -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)"),
         ]
         for name, is_fine, should in checks:
             if not is_fine:
