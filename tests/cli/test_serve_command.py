@@ -83,6 +83,30 @@ def test_a_damaged_expert_is_found_before_it_is_asked_for(
     assert "is damaged" in done.complaint[0]
 
 
+def test_help_says_who_can_draft(pyper: Pyper) -> None:
+    help_text = pyper("serve", "--help").stdout
+    assert "--draft" in help_text
+    assert "router" in help_text
+
+
+@pytest.mark.parametrize(
+    ("draft", "complaint"),
+    [
+        ("router", "`--draft router`: the mixture's router is `unigram`"),
+        ("mixture", "is a mixture of 2 experts, not one model"),
+        ("nowhere", "`--draft`: there is no "),
+    ],
+)
+def test_a_draft_that_cannot_guess_is_refused(
+    pyper: Pyper, finished_run: Path, draft: str, complaint: str
+) -> None:
+    who = draft if draft == "router" else finished_run / draft
+    done = pyper("serve", finished_run, "--port", 0, "--draft", who)
+    assert done.exit_code == 1
+    assert complaint in done.complaint[0]
+    assert len(done.complaint) == 2
+
+
 @pytest.mark.parametrize(
     "options",
     [("--port", "70000"), ("--port", "http"), ("--max-running", "0"), ("--queue", "-1")],

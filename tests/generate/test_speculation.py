@@ -20,8 +20,10 @@ from pyper.generate import (
     ModelDrafter,
     RepetitionDrafter,
     Request,
+    RouterDrafter,
     SamplingConfig,
 )
+from pyper.generate.mixing_state import MixingState
 from pyper.generate.reading import Text
 from pyper.generate.speculation import Payoff
 from pyper.mixture import Mixture
@@ -70,20 +72,21 @@ def written(mixture: Mixture, drafter: Drafter | None) -> tuple[list[Any], Batch
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["repetition", "model", "anything"])
+@pytest.mark.parametrize("kind", ["repetition", "model", "router", "anything"])
 def test_the_text_is_the_same_to_the_last_bit(mode: dict[str, Any], kind: str) -> None:
     """Greedy or sampled, with its log-probabilities, weights and alternatives."""
     mixture = small_bytes(prune=0.01, **mode)
     drafter: Drafter = {
         "repetition": RepetitionDrafter(shortest=1),
         "model": ModelDrafter(mixture.expert(1)),
+        "router": RouterDrafter([mixture.expert(e) for e in range(4)]),
         "anything": Guesser(anything),
     }[kind]
     expected, _ = written(mixture, None)
     got, engine = written(mixture, drafter)
     assert got == expected
     assert engine.stats().guessed_tokens > 0
-    if kind == "model":
+    if kind in ("model", "router"):
         assert engine.stats().accepted_tokens > 0
 
 
@@ -210,6 +213,47 @@ def test_a_drafting_model_reads_no_token_twice() -> None:
     assert n_read == 7 + 1 + 1
     fresh = Text(list(text.tokens), 40, None)  # type: ignore[arg-type]
     assert drafter.guess(fresh, 2) == ModelDrafter(model).guess(text, 2)
+
+
+def test_a_drafting_model_guesses_nothing_beyond_its_own_context() -> None:
+    drafter = ModelDrafter(small_expert(vocab_size=257, seq_len=8))
+    text = Text([0, 1, 2, 3, 4, 5], 40, None)  # type: ignore[arg-type]
+    assert len(drafter.guess(text, 7)) == 3  # the last of them is never read
+    text.tokens += [6, 7]
+    assert len(drafter.guess(text, 7)) == 1
+    for token in range(3):
+        text.tokens.append(token)
+        assert drafter.guess(text, 7) == []
+
+
+def test_texts_longer_than_the_context_of_the_drafting_model_go_on() -> None:
+    mixture = small_bytes()
+    drafter = ModelDrafter(small_expert(vocab_size=257, seq_len=16))
+    assert written(mixture, drafter)[0] == written(mixture, None)[0]
+
+
+def test_rows_that_pad_the_table_of_a_drafting_model_are_not_guessed() -> None:
+    model = small_expert(vocab_size=300)
+    with torch.no_grad():
+        model.head.weight[257:] *= 100
+    text = Text([0, 1, 2, 3], 40, None)  # type: ignore[arg-type]
+    assert max(ModelDrafter(model).guess(text, 7)) >= 257
+    assert max(ModelDrafter(model, n_tokens=257).guess(text, 7)) < 257
+
+
+@pytest.mark.parametrize("leader", range(4))
+def test_the_router_model_of_the_expert_that_leads_guesses(leader: int) -> None:
+    mixture = small_bytes()
+    models = [mixture.expert(e) for e in range(4)]
+    tokens = [BOS, 1, 2, 3]
+    state = MixingState(mixture, 40, None)
+    text = Text(tokens, 40, state, weights=tuple(0.1 + 0.6 * (e == leader) for e in range(4)))
+    pinned = Text(tokens, 40, MixingState(mixture, 40, leader))  # not weighed yet
+    expected = ModelDrafter(models[leader]).guess(text, 5)
+    assert RouterDrafter(models).guess(text, 5) == expected
+    assert RouterDrafter(models).guess(pinned, 5) == expected
+    others = [ModelDrafter(models[e]).guess(text, 5) for e in range(4) if e != leader]
+    assert expected not in others
 
 
 class Clock:

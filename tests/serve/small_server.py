@@ -40,7 +40,10 @@ _CLEAN = {"PYPER_API_KEY": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def save_small_mixture(
-    folder: Path, tokenizer: TextTokenizer | None = None, **changes: Any
+    folder: Path,
+    tokenizer: TextTokenizer | None = None,
+    router: str = "unigram",
+    **changes: Any,
 ) -> Path:
     """Four random experts over bytes, which do not end a document by themselves for long."""
     tokenizer = tokenizer or TextTokenizer.bytes_only()
@@ -55,14 +58,16 @@ def save_small_mixture(
     settings = small_settings(
         tokenizer_fingerprint=tokenizer.fingerprint,
         seq_len=CONTEXT,
-        router="unigram",
+        router=router,
         temperature=0.02,  # nobody wins at once: several experts write
         top_k=2,
         **changes,
     )
-    save_mixture(
-        folder / "tiny", settings, sources, tokenizer, counts=small_counts(4, tokenizer.vocab_size)
-    )
+    n_tokens = tokenizer.vocab_size
+    of_router: dict[str, Any] = {"counts": small_counts(4, n_tokens)}
+    if router == "lm":
+        of_router = {"router_models": experts}
+    save_mixture(folder / "tiny", settings, sources, tokenizer, **of_router)
     return folder / "tiny"
 
 

@@ -54,6 +54,14 @@ def serve(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
     ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|router",
+            help="A small model of the same tokenizer guesses, while that is faster: its folder, "
+            "or the mixture's own `lm` router.",
+        ),
+    ] = None,
     weights: Annotated[
         Literal["int8", "fp8"] | None,
         typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
@@ -91,5 +99,6 @@ def serve(
         resident=resident,
         device=device,
         narrow=weights,
+        draft=draft,
         chat_template=chat_template,
     )

@@ -5,7 +5,7 @@ from pyper.generate.engine import Completion, Piece, complete, encode_prompt, st
 from pyper.generate.narrow_weights import Narrow, with_narrow_weights
 from pyper.generate.request import EngineLimits, EngineStats, Event, FinishReason, Request
 from pyper.generate.sampling import SamplingBatch, SamplingConfig, draw, filtered_probs
-from pyper.generate.speculation import Drafter, ModelDrafter, RepetitionDrafter
+from pyper.generate.speculation import Drafter, ModelDrafter, RepetitionDrafter, RouterDrafter
 from pyper.generate.text import TextStream
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Piece",
     "RepetitionDrafter",
     "Request",
+    "RouterDrafter",
     "SamplingBatch",
     "SamplingConfig",
     "TextStream",

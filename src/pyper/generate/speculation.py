@@ -45,20 +45,29 @@ class RepetitionDrafter:
 class ModelDrafter:
     """The likeliest tokens of a small expert that shares the vocabulary."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, n_tokens: int | None = None) -> None:
+        """n_tokens: only the first so many are guessed: other models may not have the rows that
+        pad this one's table. Default: all."""
+        self.model, self.n_tokens = model, n_tokens
         self._read: WeakKeyDictionary[Text, tuple[KVCache, list[int]]] = WeakKeyDictionary()
 
     @torch.no_grad()
     def guess(self, text: Text, n: int) -> list[int]:
-        """Written greedily after the text; guesses that came true are not read again."""
+        """Written greedily after the text; guesses that came true are not read again.
+
+        Nothing where the model's own context ends.
+        """
+        n = min(n, self._context(text) + 1 - len(text.tokens))
+        if n < 1:
+            return []
         cache, read = self._read.setdefault(text, (self._cache(text), []))
         kept = _common_beginning(read, text.tokens[:-1])
         cache.lengths.fill_(kept)
         new, guesses = text.tokens[kept:], list[int]()
         for _ in range(n):
             states = self.model.extend(torch.tensor([new]).to(self.model.device), cache)
-            new = [int(self.model.head(states[:, -1]).argmax())]
+            logits = self.model.head(states[:, -1])[..., : self.n_tokens]
+            new = [int(logits.argmax())]
             guesses += new
         read[:] = text.tokens + guesses[:-1]
         return guesses
@@ -66,8 +75,25 @@ class ModelDrafter:
     def _cache(self, text: Text) -> KVCache:
         model = self.model
         return KVCache.allocate(
-            model.config, 1, text.capacity, device=model.device, dtype=model.dtype
+            model.config, 1, self._context(text), device=model.device, dtype=model.dtype
         )
+
+    def _context(self, text: Text) -> int:
+        """The most tokens of the text that can be read."""
+        return min(text.capacity, self.model.config.seq_len or text.capacity)
+
+
+class RouterDrafter:
+    """One tiny model per expert, as of an `LMRouter`: that of the expert which leads guesses."""
+
+    def __init__(self, models: Sequence[Transformer], n_tokens: int | None = None) -> None:
+        """n_tokens: see `ModelDrafter`."""
+        self.drafters = [ModelDrafter(model, n_tokens) for model in models]
+
+    def guess(self, text: Text, n: int) -> list[int]:
+        """What the model of the text's likeliest expert would write."""
+        weights = text.weights or (0.0,) * len(self.drafters)
+        return self.drafters[max(text.live, key=lambda expert: weights[expert])].guess(text, n)
 
 
 def _common_beginning(left: Sequence[int], right: Sequence[int]) -> int:

@@ -67,4 +67,6 @@ _GAUGES = {
     "decoded_tokens": "Tokens written since the start",
     "reused_tokens": "Prompt tokens that needed no reading: another request had read them",
     "resident_experts": "Experts in memory",
+    "guessed_tokens": "Tokens read on trial since the start (`--speculate`, `--draft`)",
+    "accepted_tokens": "Of those the ones that came",
 }

@@ -13,7 +13,7 @@ import uvicorn
 from pyper.data import TextTokenizer
 from pyper.data.chat_template import ChatTemplate
 from pyper.errors import ConfigError
-from pyper.generate import BatchEngine, EngineLimits
+from pyper.generate import BatchEngine, Drafter, EngineLimits
 from pyper.mixture import Mixture
 from pyper.serve.api_error import shutting_down
 from pyper.serve.app import build_app
@@ -54,10 +54,15 @@ def run_server(
     settings: ServeSettings,
     engine_limits: EngineLimits,
     listening: socket.socket,
+    drafter: Drafter | None = None,
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C; then finish what runs, and exit with 143 or 130."""
+    """Answer until SIGTERM or Ctrl-C; then finish what runs, and exit with 143 or 130.
+
+    drafter: see `BatchEngine`.
+    """
     limits = settings.limits
-    engine = EngineThread(BatchEngine(mixture, tokenizer, engine_limits), max_waiting=limits.queue)
+    writer = BatchEngine(mixture, tokenizer, engine_limits, drafter=drafter)
+    engine = EngineThread(writer, max_waiting=limits.queue)
     names = ModelNames(
         settings.name, mixture.settings.experts, mixture.settings.seq_len, int(time.time())
     )

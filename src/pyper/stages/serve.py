@@ -10,6 +10,8 @@ from pyper.errors import ConfigError, MissingExtraError, UsageError
 from pyper.generate import EngineLimits, Narrow
 from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
+from pyper.stages.context import pick_device
+from pyper.stages.draft import open_drafter
 from pyper.stages.write import OpenModel, open_model
 
 KEY_VARIABLE = "PYPER_API_KEY"
@@ -25,11 +27,13 @@ def serve_model(
     resident: int | None,
     device: str,
     narrow: Narrow | None = None,
+    draft: str | None = None,
     chat_template: Path | None,
 ) -> None:
     """Answer requests until a signal comes.
 
-    Raises MissingExtraError without the extra `serve`, ConfigError, CheckpointError.
+    draft: who guesses, see `open_drafter`. Raises MissingExtraError without the extra `serve`,
+    ConfigError, CheckpointError, TokenizerError.
     """
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
@@ -40,6 +44,7 @@ def serve_model(
         model = open_model(
             path, expert=None, mixing=mixing, resident=resident, device=device, narrow=narrow
         )
+        drafter = None if draft is None else open_drafter(draft, model, pick_device(device))
         template = open_template(path, chat_template)
         _load_experts(model, resident)
         n, context = len(model.names), model.mixture.settings.seq_len
@@ -49,7 +54,9 @@ def serve_model(
             highlight=False,
             soft_wrap=True,
         )
-        run_server(model.mixture, model.tokenizer, template, settings, engine_limits, listening)
+        run_server(
+            model.mixture, model.tokenizer, template, settings, engine_limits, listening, drafter
+        )
 
 
 def _load_experts(model: OpenModel, resident: int | None) -> None:

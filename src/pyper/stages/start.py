@@ -28,20 +28,28 @@ class Start:
     load: Callable[[], dict[str, Tensor]]
     file: Path
     """Of the weights."""
-    tokenizer_is_known: bool = True
-    """False: a checkpoint far from its run; only the size of the vocabulary can be compared."""
+    tokenizer: str | None
+    """Its fingerprint. None: a checkpoint far from its run; only the size of the vocabulary can be
+    compared."""
+
+    @property
+    def tokenizer_is_known(self) -> bool:
+        """Whether fingerprints can be compared."""
+        return self.tokenizer is not None
 
 
-def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
+def open_start(
+    path: Path, tokenizer_fingerprint: str | None, asked_by: str = "train.start_from"
+) -> Start:
     """The model of `train.start_from`: a checkpoint, a mixture of one, or one of its experts.
 
-    tokenizer_fingerprint: of the data; None does not compare it. Raises CheckpointError for
-    anything else, ConfigError for a mixture of several, TokenizerError
-    when its tokenizer is not that of the data.
+    tokenizer_fingerprint: of the data; None does not compare it. asked_by: the option that errors
+    name. Raises CheckpointError for anything else, ConfigError for a mixture of several,
+    TokenizerError when its tokenizer is not that of the data.
     """
     if not path.exists():
         raise CheckpointError(
-            f"`train.start_from`: there is no {path}",
+            f"`{asked_by}`: there is no {path}",
             hint="pass what `pyper merge -o` or `pyper import -o` wrote",
         )
     if (path / "state.json").is_file():
@@ -49,12 +57,12 @@ def open_start(path: Path, tokenizer_fingerprint: str | None) -> Start:
         own, file = _tokenizer_of_run(path)
         _check_tokenizer(path, own, tokenizer_fingerprint, file)
         load = partial(_load_checkpoint, path)
-        return Start(config, load, path / _WEIGHTS, own is not None)
-    mixture, name = _find_expert(path)
+        return Start(config, load, path / _WEIGHTS, own)
+    mixture, name = _find_expert(path, asked_by)
     own = read_settings(mixture).tokenizer_fingerprint
     _check_tokenizer(path, own, tokenizer_fingerprint, mixture / "tokenizer.json")
     config = read_expert_config(mixture / name / "config.json")
-    return Start(config, partial(_load, mixture, name), mixture / name / _WEIGHTS)
+    return Start(config, partial(_load, mixture, name), mixture / name / _WEIGHTS, own)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def _check_tokenizer(
     )
 
 
-def _find_expert(path: Path) -> tuple[Path, str]:
+def _find_expert(path: Path, asked_by: str = "train.start_from") -> tuple[Path, str]:
     """The mixture, and the name of the expert's folder in it."""
     around = path.parent.parent
     if path.parent.name == "experts" and (around / "tokenizer.json").is_file():
@@ -182,7 +190,7 @@ def _find_expert(path: Path) -> tuple[Path, str]:
     folders = expert_folders(read_settings(mixture))
     if len(folders) != 1:
         raise ConfigError(
-            f"`train.start_from`: {path} is a mixture of {len(folders)} experts, not one model",
+            f"`{asked_by}`: {path} is a mixture of {len(folders)} experts, not one model",
             hint=f"name one of them, e.g. `{mixture / folders[0]}`, or `pyper merge` them",
         )
     return mixture, folders[0]
