@@ -110,6 +110,8 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones() -> None:
         ("model", "d_model", 0),
         ("model", "activation", "sigmoid"),
         ("data", "seq_len", 7),
+        ("data", "seq_len", 10**15),
+        ("model", "seq_len", 10**15),
         ("data", "loader_workers", 65),
         ("mixture", "n_experts", 0),
         ("mixture", "temperature", 2.0),

@@ -1,5 +1,6 @@
 """Saved mixtures come back equal, or are refused with a reason."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pyper.mixture import (
     save_mixture,
 )
 from pyper.mixture.expert_folder import load_tensors_into, model_tensors
+from pyper.mixture.store import read_settings
 from pyper.nn import Transformer
 
 TOKENIZER = TextTokenizer.bytes_only()
@@ -226,6 +228,22 @@ def test_a_configuration_of_giant_size_is_refused_before_room_is_made(size: dict
     with pytest.raises(CheckpointError, match="far too few"):
         build_expert(giant, model_tensors(small_expert()), device=torch.device("cpu"))
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("seq_len", [10**15, 0])
+def test_a_mixture_with_a_context_that_nothing_has_is_refused(tmp_path: Path, seq_len: int) -> None:
+    forged = small_settings().model_dump(mode="json") | {"seq_len": seq_len}
+    (tmp_path / "config.json").write_text(json.dumps(forged))
+    with pytest.raises(CheckpointError, match=f"mixture: `seq_len`: .*, not {seq_len}") as caught:
+        read_settings(tmp_path)
+    assert caught.value.hint
+
+
+def test_an_expert_with_a_context_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    forged = small_expert().config.model_dump(mode="json") | {"seq_len": 10**15}
+    (tmp_path / "config.json").write_text(json.dumps(forged))
+    with pytest.raises(CheckpointError, match="not the configuration of an expert"):
+        load_expert(tmp_path, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("content", ['{"d_modle": 3}', "[" * 100_000], ids=["unknown", "deep"])

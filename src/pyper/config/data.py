@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from pyper.config.base import Section
+from pyper.config.expert import MAX_SEQ_LEN
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
@@ -15,7 +16,7 @@ class DataConfig(Section):
 
     path: Path = Path("data")
     """A folder written by `pyper prepare`."""
-    seq_len: int = Field(default=1024, ge=8)
+    seq_len: int = Field(default=1024, ge=8, le=MAX_SEQ_LEN)
     """Tokens per training sequence."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Threads that read ahead; the batches are the same for any number."""

@@ -11,6 +11,8 @@ from pyper.errors import ConfigError
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "relu2"]
 Init = Literal["scaled_normal", "zero_output"]
 Kind = Literal["dense", "sparse", "token_mixture"]
+MAX_SEQ_LEN = 1 << 30
+"""A hundred times the longest context in use."""
 _NOT_IN_TOKEN_MIXTURES = (
     "qk_norm_over",
     "norm_position",
@@ -107,7 +109,7 @@ class ExpertConfig(Section):
     sparse: SparseConfig | None = None
     vocab_size: int = Field(default=0, ge=0)
     """0 takes the size of the data's tokenizer."""
-    seq_len: int = Field(default=0, ge=0)
+    seq_len: int = Field(default=0, ge=0, le=MAX_SEQ_LEN)
     """Longest context in tokens; 0 takes `[data] seq_len`."""
     bos_id: int = Field(default=-1, ge=-1)
     """The token that begins every document; -1 takes the tokenizer's."""

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pyper.config.base import Section
+from pyper.config.expert import MAX_SEQ_LEN
 from pyper.config.mixture import Mixing, Router
 
 Rule = Literal["top1", "posterior", "window"]
@@ -20,7 +21,7 @@ class MixtureSettings(Section):
     bos_id: int
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a text beside `bos_id`: those of a model that came from elsewhere."""
-    seq_len: int
+    seq_len: int = Field(ge=1, le=MAX_SEQ_LEN)
     mixing: Mixing = "posterior"
     router: Router = "unigram"
     prefix_tokens: int = Field(default=32, ge=1)

@@ -29,6 +29,7 @@ from pyper.checkpoint import (
     write_tensors,
 )
 from pyper.config import ExpertConfig
+from pyper.config.explain import explain
 from pyper.data import TextTokenizer
 from pyper.errors import CheckpointError, TokenizerError
 from pyper.mixture.expert_folder import load_expert, model_tensors
@@ -136,9 +137,11 @@ def read_settings(folder: Path) -> MixtureSettings:
     try:
         return MixtureSettings.model_validate(json.loads((folder / _CONFIG).read_text()))
     except (OSError, ValueError, ValidationError, RecursionError) as error:
-        first = str(error).splitlines()[0]
+        why = str(error)
+        if isinstance(error, ValidationError):
+            why = explain(MixtureSettings, error, "").message
         raise CheckpointError(
-            f"{folder / _CONFIG} is not the configuration of a mixture: {first}",
+            f"{folder / _CONFIG} is not the configuration of a mixture: {why}",
             hint="`pyper mix` the run again",
         ) from None
 
