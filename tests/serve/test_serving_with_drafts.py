@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from pyper.generate.speculation import Payoff
 from serve.small_server import Server, save_small_mixture, serving
 
 BODIES = [
-    # First one for whom all guesses are right: how long others are tried depends on the time.
-    {"prompt": "the fox", "temperature": 0, "model": "tiny/expert-1"},
+    {"prompt": "the fox", "temperature": 0, "model": "tiny/expert-1"},  # all guesses are right
     {"prompt": "abc" * 5, "temperature": 0},
     {"prompt": "abc" * 5, "temperature": 1, "seed": 3},
 ]
@@ -30,7 +30,8 @@ def plain(folder: Path) -> Iterator[list[object]]:
 
 
 def answers(server: Server) -> list[object]:
-    body = {"model": "tiny", "max_tokens": 40, "logprobs": 2}
+    # So few that all are guessed: after `Payoff.TRIAL` steps the time decides.
+    body = {"model": "tiny", "max_tokens": Payoff.TRIAL // len(BODIES), "logprobs": 2}
     return [server.post("/v1/completions", body | more).json()["choices"] for more in BODIES]
 
 
