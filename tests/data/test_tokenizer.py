@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from pyper.data.bos_token import BOS
 from pyper.data.text_pieces import split_text
-from pyper.data.tokenizer import BOS, TextTokenizer
+from pyper.data.tokenizer import TextTokenizer
 from pyper.errors import TokenizerError
 
 TEXT = "The river ran past the mill, and the mill ran past 1234567 rivers.\n" * 40

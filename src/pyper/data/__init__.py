@@ -1,6 +1,7 @@
 """Text to batches: readers, tokenizer, shards, packing, loader."""
 
 from pyper.data.batch import Batch
+from pyper.data.bos_token import BOS
 from pyper.data.counts import ReadCounts
 from pyper.data.domain_weights import effective_tokens, epoch_documents
 from pyper.data.embedded import HarvestReport, harvest
@@ -12,7 +13,7 @@ from pyper.data.readers import Document, read_documents
 from pyper.data.shard_writer import ShardWriter
 from pyper.data.shards import Documents, TokenData
 from pyper.data.sources import SPLITS, Split
-from pyper.data.tokenizer import BOS, TextTokenizer
+from pyper.data.tokenizer import TextTokenizer
 
 __all__ = [
     "BOS",

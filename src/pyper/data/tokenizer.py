@@ -14,16 +14,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pyper.data.bos_token import BOS, add_special, find_or_add_bos
 from pyper.data.special_tokens import SpecialTokens
 from pyper.data.text_pieces import split_text
 from pyper.data.tokenizer_json import encoding_errors, library_errors, parse_tokenizer
 from pyper.errors import StorageError, TokenizerError
-
-BOS = "<|bos|>"
-KNOWN_BOS = (BOS, "<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
-"""What begins documents in tokenizers of others, where they do not say it themselves."""
 
 # Words, numbers of at most three digits, punctuation, line ends, spaces. Without the limit on
 # digits the vocabulary fills up with the years and the prices of the training text.
@@ -49,7 +46,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.bos_id = _find_or_add_bos(tokenizer)
+        self.bos_id = find_or_add_bos(tokenizer)
         # Not kept in tokenizer.json, so it is set at every load.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
@@ -259,38 +256,8 @@ def _byte_level(model: models.Model) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    _add_special(tokenizer, BOS)
+    add_special(tokenizer, BOS)
     return tokenizer
-
-
-def _find_or_add_bos(tokenizer: Tokenizer) -> int:
-    # Only among the added tokens: a BPE of HTML may have a plain entry `<s>`, which is text.
-    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    for name in (template_bos(tokenizer), *KNOWN_BOS):
-        if name in added:
-            _add_special(tokenizer, name)
-            return int(added[name])
-    _add_special(tokenizer, BOS)
-    index = tokenizer.token_to_id(BOS)
-    if index is None:
-        raise TokenizerError(f"the tokenizer cannot hold the token {BOS}")
-    return index
-
-
-def template_bos(tokenizer: Tokenizer) -> str | None:
-    """The special token that the tokenizer itself puts before every text, if there is one."""
-    processor = json.loads(tokenizer.to_str())["post_processor"] or {}
-    steps = processor.get("processors", [processor])
-    for step in steps:
-        if step.get("type") == "TemplateProcessing":
-            name: str | None = step["single"][0].get("SpecialToken", {}).get("id")
-            return name
-    return None
-
-
-def _add_special(tokenizer: Tokenizer, name: str) -> None:
-    # Marked as special, or it would be found inside a user's text.
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
 
 
 def _highest_id(tokenizer: Tokenizer) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pyper.data import TextTokenizer
-from pyper.data.tokenizer import KNOWN_BOS, template_bos
+from pyper.data.bos_token import KNOWN_BOS, template_bos
 from pyper.data.tokenizer_json import parse_tokenizer
 from pyper.errors import TokenizerError
 from pyper.export.hf_tokenizer import bos_template
