@@ -26,6 +26,10 @@ class Ended:
         return [x for x in self.stderr.splitlines() if x.startswith(("error:", "hint:"))]
 
 
+Pyper = Callable[..., Ended]
+Refused = Callable[..., tuple[str, str]]
+
+
 @pytest.fixture
 def pyper(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -40,6 +44,22 @@ def pyper(
             main.run()
         captured = capsys.readouterr()
         return Ended(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(pyper: Pyper) -> Refused:
+    """Run a command that must fail; gives its error and its hint."""
+
+    def run(*arguments: object, code: int = 1) -> tuple[str, str]:
+        done = pyper(*arguments)
+        assert done.exit_code == code, done
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        assert [line.split(":")[0] for line in done.complaint] == ["error", "hint"], done.stderr
+        error, hint = done.complaint
+        return error.removeprefix("error: "), hint.removeprefix("hint: ")
 
     return run
 

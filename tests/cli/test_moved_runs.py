@@ -2,16 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cli.conftest import Ended
+from cli.conftest import Pyper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Pyper = Callable[..., Ended]
 
 
 @pytest.fixture
