@@ -37,11 +37,14 @@ class ExpertRunner:
 
     def read(self, model: Transformer, jobs: Sequence[Job], pool: PagePool) -> None:
         """Run the jobs; each reading then knows its next prediction."""
-        single = [job for job in jobs if self.fixed_shapes and _is_single(job)]
-        others = [job for job in jobs if not (self.fixed_shapes and _is_single(job))]
+        if not self.fixed_shapes:
+            read(model, self.store, pool, jobs)
+            return
+        single = [job for job in jobs if _is_single(job)]
+        others = [job for job in jobs if not _is_single(job)]
         if single:
             self._decode(model, single, pool)
-        if len(others) == 1 and self.fixed_shapes and _is_beginning(others[0]):
+        if len(others) == 1 and _is_beginning(others[0]):
             self._begin(model, others[0], pool)
         elif others:
             read(model, self.store, pool, others)

@@ -15,9 +15,10 @@ from pyper.generate.recording import record
 from pyper.generate.transfer import to_device
 from pyper.generate.usual_layers import after, before
 from pyper.kernels.launch import block_of
-from pyper.nn import PAGE_TOKENS, KVStore, Transformer
+from pyper.nn import KVStore, Transformer
 from pyper.nn.block import Block
 from pyper.nn.causal_attention import causal_attention
+from pyper.nn.kv_cache import slots_of
 from pyper.nn.rope import rotation
 
 _SHORTEST = 16
@@ -50,10 +51,8 @@ class PrefillStep:
 
         model: the one that the step was made for. pages: of the text, in order.
         """
-        slots = [
-            PAGE_TOKENS * pages[i // PAGE_TOKENS] + i % PAGE_TOKENS for i in range(len(tokens))
-        ]
         fill = [0] * (self.length - len(tokens))
+        slots = slots_of(pages, range(len(tokens)))
         rows = torch.tensor([[*tokens, *fill], [*slots, *fill]])
         self._inputs.copy_(to_device(rows, self._inputs.device))
         if self._graph is None:

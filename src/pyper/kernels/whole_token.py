@@ -172,9 +172,9 @@ def _programs(device: torch.device) -> int:
         return 6
     properties = torch.cuda.get_device_properties(device)
     room = int(getattr(properties, "shared_memory_per_block_optin", 0))
-    return (
-        _PER_PROCESSOR * properties.multi_processor_count * (room >= _PER_PROCESSOR * SHARED_BYTES)
-    )
+    if room < _PER_PROCESSOR * SHARED_BYTES:
+        return 0
+    return _PER_PROCESSOR * int(properties.multi_processor_count)
 
 
 def _block_rows(width: int, gated: bool = False) -> int:

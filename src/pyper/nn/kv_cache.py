@@ -1,6 +1,6 @@
 """Keys and values of the tokens that were read: pages of a fixed pool, and who reads which."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -169,10 +169,14 @@ def _pad(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return F.pad(x, sizes) if any(sizes) else x  # `F.pad` copies even then
 
 
+def slots_of(pages: Sequence[int], positions: Iterable[int]) -> list[int]:
+    """Where tokens at these positions of a text lie, whose pages these are, in order."""
+    return [pages[i // PAGE_TOKENS] * PAGE_TOKENS + i % PAGE_TOKENS for i in positions]
+
+
 def _new_slots(chunk: Chunk) -> list[int]:
     """Of the new tokens; page 0 for those that are held already."""
-    at = range(chunk.start, chunk.start + chunk.n_new)
-    slots = [chunk.pages[i // PAGE_TOKENS] * PAGE_TOKENS + i % PAGE_TOKENS for i in at]
+    slots = slots_of(chunk.pages, range(chunk.start, chunk.start + chunk.n_new))
     return [0] * chunk.n_held + slots[chunk.n_held :]
 
 
