@@ -22,6 +22,7 @@ SHAPES = [
     ((2, 4, 4, 256), [1, 80]),  # rows too wide for long blocks
     ((3, 48, 48, 8), [1, 64, 130]),  # so many that there is one part
     ((17, 16, 16, 8), list(range(1, 18))),
+    ((2, 16, 16, 8), [197, 60]),  # of the first, two parts are worth putting together
 ]
 
 
@@ -188,12 +189,12 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
 @pytest.mark.parametrize(
     ("n_texts", "row_bytes", "parts"),
     [
-        (1, 256, (16, 32, 3, 4)),
-        (2, 256, (8, 64, 5, 8)),
-        (8, 256, (2, 64, 5, 8)),
-        (8, 512, (4, 32, 3, 4)),
-        (16, 256, (1, 64, 5, 8)),
-        (64, 256, (1, 64, 3, 4)),
+        (1, 256, (16, 32, 3, 4, 1)),
+        (2, 256, (8, 64, 5, 8, 2)),
+        (8, 256, (2, 64, 5, 8, 8)),
+        (8, 512, (4, 32, 3, 4, 1)),
+        (16, 256, (1, 64, 5, 8, 16)),
+        (64, 256, (1, 64, 3, 4, 1)),
     ],
 )
 def test_a_few_texts_have_few_programs(
@@ -215,7 +216,7 @@ numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16}
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "LEAST_BLOCKS": 4}
 for stages, warps in (3, 4), (5, 8):
     constants = shape | {"STAGES": stages}
     options = {"num_warps": warps, "num_stages": stages}

@@ -121,19 +121,22 @@ class Parts(NamedTuple):
     """What a program takes."""
 
     n_parts: int
-    """Of a text and head."""
+    """Of a text and head, at most."""
     tokens: int
     """At a time."""
     stages: int
     """Three have one block of keys and values on its way, five two: pages come a stage before."""
     warps: int
+    least_blocks: int = 1
+    """Of a part: to put parts together takes as long as a program with less to read."""
 
 
 def _parts(n_texts: int, n_kv_heads: int, row_bytes: int) -> Parts:
     """Four programs share a processor, and its memory; of few texts two, with more on its way."""
     n_heads, long = n_texts * n_kv_heads, row_bytes <= 256  # rows of which there is room for 64
     if long and n_texts > 1 and n_heads <= _FEW_PROGRAMS:
-        return Parts(block_of(_FEW_PROGRAMS // n_heads, _MOST_PARTS), 64, 5, 8)
+        n_parts = block_of(_FEW_PROGRAMS // n_heads, _MOST_PARTS)
+        return Parts(n_parts, 64, 5, 8, least_blocks=max(n_heads // 16, 1))
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
     # Short parts fill no long block.
     return Parts(n_parts, 64 if n_parts == 1 and long else 32, 3, 4)
@@ -160,7 +163,7 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    n_parts, tokens, stages, warps = _parts(B, n_kv_heads, width * query.element_size())
+    n_parts, tokens, stages, warps, least_blocks = _parts(B, n_kv_heads, width * query.element_size())
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
@@ -174,6 +177,7 @@ def _paged_attention_op(
         HAS_NORM=query_gain is not None,
         HAS_TICKETS=tickets is not None and n_parts > 1,
         MOST_PARTS=_MOST_PARTS,
+        LEAST_BLOCKS=least_blocks,
         K=K,
         GROUPS=groups,
         PAGE=page_tokens,

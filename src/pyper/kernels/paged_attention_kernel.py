@@ -160,6 +160,15 @@ def attend(
         *(query_ptr, at_query, d, in_query, query_gain_ptr, cos_ptr, sin_ptr, position, eps),
         *(K, HAS_TURN, HAS_NORM),
     ).to(keys_ptr.dtype.element_ty)
+    # The new token, which is not in the cache yet: asked for here, used behind the loop.
+    at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
+    new_key = _read_heads(
+        *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr),
+        *(position, eps, K, HAS_TURN, HAS_NORM),
+    )
+    new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
+    at_value = b * value_stride + h * K + d
+    new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0, cache_modifier=".cg")
     highest = tl.full((BLOCK_G,), LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
@@ -179,15 +188,7 @@ def attend(
         )
         total = total * shrink + tl.sum(weights, axis=1)
         highest = now
-    if part == 0:  # the new token, which is not in the cache yet
-        at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
-        new_key = _read_heads(
-            *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr),
-            *(position, eps, K, HAS_TURN, HAS_NORM),
-        )
-        new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
-        at_value = b * value_stride + h * K + d
-        new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0, cache_modifier=".cg")
+    if part == 0:
         slot = (tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE) * row_width
         tl.store(keys_ptr + slot + d, new_key, mask=d < K)
         tl.store(values_ptr + slot + d, new_value, mask=d < K)
@@ -203,10 +204,13 @@ def attend(
     mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
     log_sum = highest + tl.log(tl.where(nothing, 1.0, total))
     log_sum = tl.where(nothing, float("-inf"), log_sum)
-    out = row * n_parts + part
-    tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
-    tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
-    if HAS_TICKETS:
+    if HAS_TICKETS and n_parts == 1:
+        tl.store(out_ptr + row[:, None] * K + d[None, :], mixed, mask=in_query)
+    else:
+        out = row * n_parts + part
+        tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
+        tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
+    if HAS_TICKETS and n_parts > 1:
         tl.debug_barrier()  # all threads have stored their part of the part
         ticket = tickets_ptr + b * n_kv_heads + h
         if tl.atomic_add(ticket, 1, sem="acq_rel") == n_parts - 1:
@@ -243,6 +247,7 @@ def attend_part(
     HAS_NORM: tl.constexpr,
     HAS_TICKETS: tl.constexpr,
     MOST_PARTS: tl.constexpr,
+    LEAST_BLOCKS: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -255,22 +260,26 @@ def attend_part(
     b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
     position = tl.load(positions_ptr + b).to(tl.int32)
-    start, past = part_of_past(position, part, n_parts, BLOCK_S)
-    pages_ptr += b * pages_stride
-    if OVERLAP:
-        ask_for_past(
-            *(keys_ptr, values_ptr, pages_ptr, start, past, h, n_kv_heads),
-            *(K, PAGE, BLOCK_S, BLOCK_K),
+    if HAS_TICKETS:  # else all parts are expected
+        worth_it = tl.cdiv(tl.cdiv(position, BLOCK_S), LEAST_BLOCKS)
+        n_parts = tl.minimum(n_parts, tl.maximum(worth_it, 1))
+    if part < n_parts:
+        start, past = part_of_past(position, part, n_parts, BLOCK_S)
+        pages_ptr += b * pages_stride
+        if OVERLAP:
+            ask_for_past(
+                *(keys_ptr, values_ptr, pages_ptr, start, past, h, n_kv_heads),
+                *(K, PAGE, BLOCK_S, BLOCK_K),
+            )
+        wait_for_others(OVERLAP)
+        attend(
+            *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, pages_ptr, part_ptr),
+            *(log_sum_ptr, out_ptr, tickets_ptr, cos_ptr, sin_ptr, query_gain_ptr, key_gain_ptr),
+            *(query_stride, key_stride, value_stride, scale, eps, position, start, past),
+            *(b, h, part, n_kv_heads, n_parts),
+            *(HAS_TURN, HAS_NORM, HAS_TICKETS, MOST_PARTS),
+            *(K, GROUPS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, STAGES),
         )
-    wait_for_others(OVERLAP)
-    attend(
-        *(query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, pages_ptr, part_ptr, log_sum_ptr),
-        *(out_ptr, tickets_ptr, cos_ptr, sin_ptr, query_gain_ptr, key_gain_ptr),
-        *(query_stride, key_stride, value_stride, scale, eps, position, start, past),
-        *(b, h, part, n_kv_heads, n_parts),
-        *(HAS_TURN, HAS_NORM, HAS_TICKETS, MOST_PARTS),
-        *(K, GROUPS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, STAGES),
-    )
 
 
 @triton.jit
