@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pyper.generate.narrow_weights import NarrowLinear, thin_weight
 from pyper.kernels import InputNorm, ThinWeight, thin_linear, thin_linear_torch
-from pyper.kernels.thin_linear import TICKETS, ThinRows, thin_residual
+from pyper.kernels.thin_blocks import TICKETS
+from pyper.kernels.thin_linear import ThinRows, thin_residual
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

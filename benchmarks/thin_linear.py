@@ -41,7 +41,7 @@ from torch import Tensor
 
 from pyper.kernels import ThinWeight, thin_linear_torch
 from pyper.kernels.launch import block_of
-from pyper.kernels.thin_linear import Blocks
+from pyper.kernels.thin_blocks import Blocks
 from pyper.stages.context import available_cores
 
 STORED = ("bf16", "int8", "fp8")

@@ -6,6 +6,7 @@ after a while, on a place that was NaN until then. A missing wait shows as a wro
 deadlock, which `TIMEOUT` ends. What single threads of a group do is left to the compiler.
 """
 
+import itertools
 import random
 import re
 import threading
@@ -53,7 +54,7 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "lshift", "gt"):
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "lshift", "gt", "lt", "truediv"):
     setattr(Value, f"__{_name}__", _method(f"__{_name}__"))
 
 
@@ -164,7 +165,7 @@ def _store_wait(pending: int) -> None:
         target.copy_(source)
 
 
-def _mma(a: Shared, b: Shared, acc: Value, use_acc: bool, is_async: bool) -> Value:
+def _mma(a: Shared, b: Shared, acc: Value, is_async: bool, use_acc: bool = True) -> Value:
     out = Value(torch.full_like(acc.data, float("nan")))
 
     def run() -> None:
@@ -179,6 +180,23 @@ def _mma_wait(pending: int, deps: list[Value]) -> Value:
     while len(state.products) > pending:
         state.products.pop(0)()
     return deps[0]
+
+
+def _copy_later(target: Shared, source: Pointer) -> None:
+    """Reads at once, writes as late as it may."""
+    target.data.fill_(float("nan"))
+    state.copies.append((target.data, source.data.flatten()[source.at]))
+
+
+def _commit() -> None:
+    state.groups.append(state.copies)
+    state.copies = []
+
+
+def _wait_group(pending: int) -> None:
+    while len(state.groups) > pending:
+        for target, found in state.groups.pop(0):
+            target.copy_(found)
 
 
 def _assembly(text: str, _: str, given: list[Value], *rest: Any) -> Value:
@@ -209,13 +227,13 @@ def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], *rest: Any) -> None:
         raise failed[0]
 
 
-def _enter(program: int, programs: int) -> None:
+def _enter(program: tuple[int, ...], programs: tuple[int, ...]) -> None:
     state.program, state.programs = program, programs
-    state.products, state.stores = [], []
+    state.products, state.stores, state.copies, state.groups = [], [], [], []
 
 
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
-    if dtype == "barrier":
+    if dtype == torch.int64:  # barriers
         return Shared([Barrier() for _ in range(shape[0])])
     return Shared(torch.zeros(shape, dtype=dtype))
 
@@ -227,11 +245,21 @@ def _language() -> types.SimpleNamespace:
     def split(x: Value) -> tuple[Value, Value]:
         return Value(x.data[..., 0]), Value(x.data[..., 1])
 
-    def load(pointer: Pointer) -> Value:
-        return Value(pointer.data.flatten()[pointer.at])
+    def load(pointer: Pointer, mask: Value | None = None, other: float = 0.0, **_: Any) -> Value:
+        at = torch.as_tensor(pointer.at)
+        there = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.data
+        found = pointer.data.flatten()[at.where(there, 0)]
+        return Value(found.where(there, torch.tensor(other, dtype=found.dtype)))
 
-    def store(pointer: Pointer, value: Value) -> None:
-        pointer.data.view(-1)[pointer.at] = value.data
+    def store(pointer: Pointer, value: Any, mask: Value | None = None) -> None:
+        at, given = torch.as_tensor(pointer.at), torch.as_tensor(_raw(value))
+        there = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.data
+        pointer.data.view(-1)[at[there]] = given.expand(at.shape)[there].to(pointer.data.dtype)
+
+    def atomic_add(pointer: Pointer, value: int, sem: str) -> int:
+        before = int(pointer.data.view(-1)[pointer.at])
+        pointer.data.view(-1)[pointer.at] += value
+        return before
 
     def maximum(x: Any, y: float) -> Value:
         return Value(_raw(x).clamp(min=y))
@@ -248,10 +276,10 @@ def _language() -> types.SimpleNamespace:
         bfloat16=torch.bfloat16,
         float32=torch.float32,
         int32=torch.int32,
-        int64="barrier",
+        int64=torch.int64,
         constexpr=lambda x: x,
-        program_id=lambda _: state.program,
-        num_programs=lambda _: state.programs,
+        program_id=lambda axis: state.program[axis],
+        num_programs=lambda axis: state.programs[axis],
         static_range=range,
         arange=lambda low, high, layout: Value(torch.arange(low, high)),
         zeros=lambda shape, dtype, layout: Value(torch.zeros(shape, dtype=dtype)),
@@ -259,22 +287,29 @@ def _language() -> types.SimpleNamespace:
         permute=of(torch.permute),
         abs=of(torch.abs),
         exp2=of(torch.exp2),
+        rsqrt=of(torch.rsqrt),
+        thread_barrier=lambda: None,
         sum=lambda x, axis: Value(x.data.sum(axis)),
         convert_layout=lambda x, layout, **named: x,
-        **{f.__name__: f for f in (split, load, store, where, maximum, minimum)},
+        **{f.__name__: f for f in (split, load, store, atomic_add, where, maximum, minimum)},
         inline_asm_elementwise=_assembly,
         allocate_shared_memory=_allocate,
         warp_specialize=_specialize,
         NVMMASharedLayout=lambda *given: None,
         NVMMADistributedLayout=lambda *given: None,
         SliceLayout=lambda *given: None,
+        BlockedLayout=lambda *given: None,
         DistributedLinearLayout=lambda **given: None,
     )
 
 
+def _jit(function: Any = None, **options: Any) -> Any:
+    return function or (lambda f: f)
+
+
 def emulated(*files: Path) -> dict[str, Any]:
     """The names that `files` define, their kernels as functions of the values above."""
-    gluon = types.SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f)
+    gluon = types.SimpleNamespace(jit=_jit, constexpr_function=lambda f: f)
     barriers = types.SimpleNamespace(
         init=_init,
         wait=Barrier.wait,
@@ -287,7 +322,11 @@ def emulated(*files: Path) -> dict[str, Any]:
         async_copy_shared_to_global=_send,
         store_wait=_store_wait,
     )
+    later = types.SimpleNamespace(
+        async_copy_global_to_shared=_copy_later, commit_group=_commit, wait_group=_wait_group
+    )
     names = {"gluon": gluon, "gl": _language(), "mbarrier": barriers, "tma": copies}
+    names |= {"async_copy": later, "gdc_launch_dependents": lambda: None}
     names |= {"warpgroup_mma": _mma, "warpgroup_mma_wait": _mma_wait}
     names |= {"fence_async_shared": lambda: None, "TensorDescriptor": None}
     names |= {"_normal_tail": _normal_tail, "__name__": __name__}
@@ -298,11 +337,14 @@ def emulated(*files: Path) -> dict[str, Any]:
     return names
 
 
-def run(kernel: Callable[..., None], programs: int, *given: Any, **constants: Any) -> None:
+def run(
+    kernel: Callable[..., None], programs: tuple[int, ...], *given: Any, **constants: Any
+) -> None:
     """One program after the other."""
-    for program in range(programs):
+    for program in itertools.product(*map(range, programs)):
         _enter(program, programs)
         kernel(*given, **constants)
+        assert not state.products
 
 
 def _normal_tail(x: Value) -> tuple[Value, Value]:

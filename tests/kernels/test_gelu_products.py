@@ -32,6 +32,7 @@ from pyper.kernels import (
     expert_choice,
     expert_choice_layer,
     feed_forward,
+    gluon_support,
     launch,
 )
 from pyper.kernels import gelu_products as products
@@ -62,7 +63,7 @@ def launched_in_emulation(
     around = [None if x is None else Pointer(x) for x in (parts, gates, index)]
     constants = {"E": E, "D": D, "F": d_ff, "BACK": backward}
     constants |= {"GATED": gates is not None, "AGAIN": words[2] is not None}
-    run(emulated(*KERNELS)["product"], 5, *tiles, *around, C, **constants)
+    run(emulated(*KERNELS)["product"], (5,), *tiles, *around, C, **constants)
 
 
 @contextmanager
@@ -193,13 +194,13 @@ def test_a_layer_compiles_without_a_break() -> None:
 
 def test_the_compiler_asks_for_the_device_once() -> None:
     def asked(x: Tensor) -> Tensor:
-        return x + 1 if products._is_tried(0) else x
+        return x + 1 if gluon_support.is_tried(0) else x
 
-    with mock.patch.object(products, "_processors", return_value=132) as processors:
+    with mock.patch.object(gluon_support, "processors", return_value=132) as processors:
         compiled = torch.compile(asked, fullgraph=True, backend="eager")
         results = [compiled(torch.zeros(1)).item() for _ in range(3)]
     torch.compiler.reset()
-    assert results == [float(products.launch.HAS_TRITON)] * 3
+    assert results == [float(launch.HAS_TRITON)] * 3
     assert processors.call_count <= 1
 
 
@@ -250,7 +251,7 @@ def test_it_is_used_where_it_was_measured(change: dict[str, object], taken: bool
     E, C, D, d_ff, activation, bias, dtype, dense, tried = case.values()
     rows, down = Described(E, C, D), Described(E, D, d_ff)
     up = Described(E, d_ff, D, dtype=dtype, dense=dense)
-    with mock.patch.object(products, "_is_tried", return_value=tried):
+    with mock.patch.object(products, "is_tried", return_value=tried):
         assert products.fits(rows, up, down, activation, bias) == taken
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
 from pyper.config.expert import Activation
-from pyper.kernels import InputNorm, ThinWeight, thin_linear, thin_linear_torch
-from pyper.kernels.thin_linear import TICKETS, thin_residual
+from pyper.kernels import InputNorm, ThinWeight, thin_blocks, thin_linear, thin_linear_torch
+from pyper.kernels.thin_blocks import TICKETS, Blocks
+from pyper.kernels.thin_linear import thin_residual
 
 # B, D, N
 SHAPES = [
@@ -128,7 +129,7 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
     x, gain = random(2, 32, seed=0, dtype=BF16), random(32, seed=1, dtype=BF16)
     weight = weight_of(32, 32, torch.int8, bias=True)
     matrix, residual = (weight.weight, weight.scale, weight.bias), random(2, 32, seed=2, dtype=BF16)
-    tickets = torch.zeros(module.TICKETS, dtype=torch.int32, device=DEVICE)
+    tickets = torch.zeros(TICKETS, dtype=torch.int32, device=DEVICE)
     plain = (x, *matrix, gain, None, 1e-6, "swiglu", None, None, None, False)
     prepared = (x, *matrix, None, None, 0.0, "", residual, gain, tickets, False)
     with kernels():
@@ -149,12 +150,11 @@ def test_parts_of_the_inputs_add_up(
     shape: tuple[int, int, int], stored: torch.dtype, choice: tuple[object, ...]
 ) -> None:
     """Some parts are not whole blocks, and the last of three is empty."""
-    module, tickets = importlib.import_module("pyper.kernels.thin_linear"), tickets_of()
-    cut = module.Blocks(64, 128 if shape[1] > 300 else 32, 4, 3, 4)
+    tickets, cut = tickets_of(), Blocks(64, 128 if shape[1] > 300 else 32, 4, 3, 4)
     with (
         kernels(),
         poisoned(),
-        mock.patch.object(module, "_blocks", return_value=cut),
+        mock.patch.object(thin_blocks, "_blocks", return_value=cut),
     ):
         compare(partial(thin_linear, tickets=tickets), shape, stored, choice)
     assert not tickets.any()

@@ -1,7 +1,6 @@
 """The linear map of few rows: its blocks, and what becomes of them on a large GPU."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -9,27 +8,26 @@ import torch
 from kernels.hopper import run_for_hopper
 from kernels.on_triton import needs_triton
 from kernels.test_thin_linear import BF16, STORED
-from pyper.kernels import thin_linear
+from pyper.kernels import thin_blocks
 
 
 @pytest.mark.parametrize("n_rows", [2, 16, 32, 64])
 def test_blocks_fill_memory_and_processors(n_rows: int) -> None:
-    module = sys.modules[thin_linear.__module__]
     for N, D, splits in ((6144, 2048, 1), (2048, 2048, 4), (8192, 2048, 1), (2048, 8192, 4)):
         weight = torch.empty(N, D, dtype=BF16, device="meta")
-        assert module._blocks(weight, n_rows, "gelu", False) == (64, 128, splits, 5, 4)
+        assert thin_blocks._blocks(weight, n_rows, "gelu", False) == (64, 128, splits, 5, 4)
         for alone, stored in itertools.product((False, True), STORED):
-            blocks = module._blocks(weight.to(stored), n_rows, "swiglu", alone)
+            blocks = thin_blocks._blocks(weight.to(stored), n_rows, "swiglu", alone)
             row_bytes = 2 * blocks.outputs * stored.itemsize + max(n_rows, 16) * 2
             assert blocks.stages >= 3
-            assert blocks.stages * blocks.inputs * row_bytes <= module.SHARED_BYTES
+            assert blocks.stages * blocks.inputs * row_bytes <= thin_blocks.SHARED_BYTES
 
 
 BUILD = """
 import importlib
 import triton
 from kernels.hopper import build, spilled_bytes
-from pyper.kernels.thin_linear import SHARED_BYTES
+from pyper.kernels.thin_blocks import SHARED_BYTES
 
 def built_of(kernel, stored, scaled, stages=4, **constants):
     constants = dict(N=8192, ACTIVATION="gelu", HAS_NORM=True, HAS_SCALE=scaled,

@@ -11,14 +11,8 @@ from torch import Tensor
 from pyper.config import ExpertConfig
 from pyper.generate.narrow_weights import thin_weight
 from pyper.kernels import InputNorm, Turn, launch, paged_attention, thin_linear
-from pyper.kernels.thin_linear import (
-    MOST_ROWS,
-    SHARED_BYTES,
-    TICKETS,
-    ThinRows,
-    ThinWeight,
-    thin_residual,
-)
+from pyper.kernels.thin_blocks import MOST_ROWS, SHARED_BYTES, TICKETS
+from pyper.kernels.thin_linear import ThinRows, ThinWeight, thin_residual
 from pyper.nn import PAGE_TOKENS, KVStore, Transformer
 from pyper.nn.attention import Attention
 from pyper.nn.block import Block

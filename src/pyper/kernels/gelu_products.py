@@ -6,7 +6,6 @@
 Elsewhere a product of cuBLAS and a pass over its result do the same: `fits` says which.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pyper.config.expert import Activation
 from pyper.kernels import launch
+from pyper.kernels.gluon_support import is_tried, processors
 from pyper.kernels.launch import block_of
 
 if launch.HAS_TRITON:
@@ -39,26 +39,7 @@ def fits(
     (E, C, D), d_ff = rows.shape, up.shape[1]
     whole = C % ROWS == 0 and d_ff % COLS == 0 and D % DEPTH == 0 and D >= WIDTH
     full = E * (C // ROWS) * (d_ff // COLS) >= TILES
-    return whole and full and _is_tried(rows.device.index)
-
-
-def _is_tried(device: int) -> bool:
-    """Hopper's instructions, and a version of Triton's lower language that was tried."""
-    return launch.HAS_TRITON and _processors(device) > 0
-
-
-# To torch.compile a constant. `torch.compiler.assume_constant_result` sets no more than this, but
-# imports the compiler, and Triton with it.
-_is_tried._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache
-def _processors(device: int) -> int:
-    """Multiprocessors of a device that has the instructions, else 0."""
-    found = torch.cuda.get_device_properties(device)
-    is_hopper = torch.version.hip is None and (found.major, found.minor) == (9, 0)
-    tried = triton.__version__.startswith("3.6.") and is_hopper
-    return found.multi_processor_count if tried else 0
+    return whole and full and is_tried(rows.device.index)
 
 
 @torch.library.custom_op("pyper::up_gelu", mutates_args=())
@@ -156,7 +137,7 @@ def _launch(
     pre, out, again = (
         None if x is None else _tiles(x.view(torch.int32), (64, 16), WORDS_LAYOUT) for x in words
     )
-    programs = min(_processors(a[0].device.index), E * (C // ROWS) * (d_ff // COLS))
+    programs = min(processors(a[0].device.index), E * (C // ROWS) * (d_ff // COLS))
     product[(programs,)](
         *(*tiles, pre, out, again, parts, gates, token_index, C),
         E=E,

@@ -163,7 +163,9 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    n_parts, tokens, stages, warps, least_blocks = _parts(B, n_kv_heads, width * query.element_size())
+    n_parts, tokens, stages, warps, least_blocks = _parts(
+        B, n_kv_heads, width * query.element_size()
+    )
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)

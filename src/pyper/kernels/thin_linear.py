@@ -12,7 +12,6 @@ of the inputs, and the last one to end adds up the parts.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +20,20 @@ from torch import Tensor
 from pyper.config.expert import Activation
 from pyper.kernels import launch
 from pyper.kernels.activation import activate
-from pyper.kernels.launch import block_of
 from pyper.kernels.overlap import overlap_options
 from pyper.kernels.row_linear import linear_of_row, takes
+from pyper.kernels.thin_blocks import (
+    MOST_ROWS,
+    Blocks,
+    blocks_of,
+    lines_ahead,
+    n_outputs_of,
+    row_block,
+)
+from pyper.kernels.thin_stream import stream_fits, stream_rows
 
 if launch.HAS_TRITON:
     from pyper.kernels.thin_linear_kernel import thin_linear_block
-
-MOST_ROWS = 64
-"""With more, the product is bound by arithmetic, and a library's is faster."""
-TICKETS = 256
-"""As many blocks of outputs may be put together of parts."""
-MOST_LINES = 8
-"""Of 128 bytes, of each weight row, are asked for before there is a use for them."""
-SHARED_BYTES = 227 * 1024
-"""A program of a large GPU may have."""
-_PROGRAMS = 96
-"""Each of a large GPU's processors should have one, or nearly."""
-_LEAST_PART = 512
-"""Inputs; less are read faster than parts of them are joined."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +169,21 @@ def _thin_linear_op(
     (0, 0) without.
     """
     inner_norm = gain is not None and squares is None
-    blocks = _blocks_of(x, weight, activation, inner_norm or tickets is None)
+    blocks = blocks_of(x, weight, activation, inner_norm or tickets is None)
     out, scaled, out_squares = _outputs(x, weight, activation, next_gain, blocks)
     (B, D), N = x.shape, out.shape[1]
     if B == 1 and takes(weight):
         linear_of_row(x, weight, scale, bias, gain, eps, activation, residual, out, overlap)
         return out, scaled, out_squares
-    n_blocks, block_b = -(-N // blocks.outputs), max(block_of(B, MOST_ROWS), 16)
+    n_blocks, block_b = -(-N // blocks.outputs), row_block(B)
     part = None
     if blocks.splits > 1:
         rows = n_blocks * blocks.outputs * (2 if activation == "swiglu" else 1)
         part = x.new_empty(blocks.splits, rows, block_b, dtype=torch.float32)
+    if not inner_norm and scale is None and stream_fits(x, weight, activation, blocks):
+        given = (x, weight, bias, squares, residual, out, next_gain, scaled, out_squares)
+        stream_rows(*given, part, tickets, eps, activation, blocks.splits, overlap)
+        return out, scaled, out_squares
     thin_linear_block[(n_blocks, blocks.splits)](
         *(x, weight, scale, bias, gain, squares, residual, out),
         *(next_gain, scaled, out_squares, part, tickets, B, eps),
@@ -202,7 +200,7 @@ def _thin_linear_op(
         BLOCK_B=block_b,
         BLOCK_N=blocks.outputs,
         BLOCK_D=blocks.inputs,
-        LINES=_ahead(D // blocks.splits * weight.element_size()),
+        LINES=lines_ahead(D // blocks.splits * weight.element_size()),
         num_stages=blocks.stages,
         num_warps=blocks.warps,
         **overlap_options(overlap, x.device),
@@ -226,75 +224,16 @@ def _(
     overlap: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inner_norm = gain is not None and squares is None
-    blocks = _blocks_of(x, weight, activation, inner_norm or tickets is None)
+    blocks = blocks_of(x, weight, activation, inner_norm or tickets is None)
     return _outputs(x, weight, activation, next_gain, blocks)
-
-
-class Blocks(NamedTuple):
-    """What a program takes."""
-
-    outputs: int
-    inputs: int
-    """At a time."""
-    splits: int
-    """Programs that share the inputs of a block of outputs."""
-    stages: int
-    warps: int
-
-
-def _blocks_of(x: Tensor, weight: Tensor, activation: str, alone: bool) -> Blocks:
-    """alone: every program must see all inputs."""
-    D, N = x.shape[1], _width_of(weight, activation)
-    blocks = _blocks(weight, len(x), activation, alone)
-    width = min(blocks.inputs, max(block_of(D, 1 << 20), 16))
-    # An input's part is a block at least.
-    splits = min(blocks.splits, -(-D // width)) if -(-N // blocks.outputs) <= TICKETS else 1
-    return blocks._replace(inputs=width, splits=1 if alone else splits)
-
-
-def _blocks(weight: Tensor, n_rows: int, activation: str, alone: bool) -> Blocks:
-    """As `_wanted`, with no more stages than there is memory for."""
-    blocks = _wanted(weight, n_rows, _width_of(weight, activation), alone)
-    n_bytes = blocks.outputs * (2 if activation == "swiglu" else 1) * weight.element_size()
-    of_stage = blocks.inputs * (n_bytes + max(block_of(n_rows, MOST_ROWS), 16) * 2)
-    return blocks._replace(stages=min(blocks.stages, SHARED_BYTES // of_stage))
-
-
-def _wanted(weight: Tensor, n_rows: int, n_outputs: int, alone: bool) -> Blocks:
-    """Each of a large GPU's processors should have a program, and much on its way.
-
-    Eight bits are widened before they are used: of few rows, two programs take turns.
-    """
-    few, narrow = n_rows <= 16, weight.element_size() == 1
-    if alone and n_outputs <= 4096:
-        return Blocks(16, 256, 1, 4, 4)
-    if alone:
-        return Blocks(64, 256, 1, 4 if few else 3, 4)
-    if n_outputs >= 16384 and not few:  # half as many programs read the rows
-        return Blocks(128, 64, 1, 4, 4)
-    programs = 2 * _PROGRAMS if few and narrow else _PROGRAMS
-    splits = block_of(-(-programs // -(-n_outputs // 64)), 8)
-    splits = min(splits, 1 << max(weight.shape[1] // _LEAST_PART, 1).bit_length() >> 1)
-    stages = 5 if few or not narrow else 4 if n_rows <= 32 else 3
-    return Blocks(64, 128, splits, stages, 4)
 
 
 def _outputs(
     x: Tensor, weight: Tensor, activation: str, next_gain: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, N = len(x), _width_of(weight, activation)
+    B, N = len(x), n_outputs_of(weight, activation)
     out = x.new_empty(B, N)
     if next_gain is None or (B == 1 and takes(weight)):
         return out, x.new_empty(0, 0), x.new_empty(0, 0, dtype=torch.float32)
     squares = x.new_empty(-(-N // blocks.outputs), B, dtype=torch.float32)
     return out, torch.empty_like(out), squares
-
-
-def _width_of(weight: Tensor, activation: str) -> int:
-    return len(weight) // 2 if activation == "swiglu" else len(weight)
-
-
-def _ahead(row_bytes: int) -> int:
-    """Lines of 128 bytes of each weight row that are asked for before there is a use for them."""
-    lines = max(row_bytes // 128, 1)
-    return min(1 << (lines.bit_length() - 1), MOST_LINES)
