@@ -30,9 +30,9 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 HEADS, K = (16, 128) if GPU else (2, 16)
 COLD_BYTES = 200_000_000 if GPU else 1
-SWEEP = ((1, 2, 4, 8, 16), (32, 64, 128), (3, 5, 7), (4, 8))
-"""Parts of a text and head, tokens of a block, stages, warps. Stages beyond the first are pairs:
-pages are asked for before what lies in them."""
+SWEEP = ((1, 2, 4, 8, 16), (32, 64, 128), (3, 5, 7), (4, 8), (1, 2, 4))
+"""Parts of a text and head, tokens of a block, stages, warps, heads of a program. Stages beyond the
+first are pairs: pages are asked for before what lies in them."""
 Cache = tuple[Tensor, Tensor]
 
 
@@ -87,11 +87,11 @@ def check(run: Callable[..., Tensor], cache: Cache) -> None:
 def sweep(run: Callable[..., Tensor], caches: list[Cache], batch: int) -> list[Any]:
     """Microseconds in every block shape that builds and is right, best first."""
     module, found = sys.modules[paged_attention.__module__], []
-    for parts, tokens, stages, warps in itertools.product(*SWEEP):
-        too_many = GPU and not 128 <= parts * batch * HEADS <= 2048  # programs, or too few
+    for parts, tokens, stages, warps, heads in itertools.product(*SWEEP):
+        too_many = GPU and not 128 <= parts * batch * HEADS // heads <= 2048  # programs, or too few
         if too_many or tokens * (stages // 2) > 192:
             continue
-        shape = module.Parts(parts, tokens, stages, warps)
+        shape = module.Parts(parts, tokens, stages, warps, 1, heads)
         with mock.patch.object(module, "_parts", return_value=shape):
             try:
                 check(run, caches[0])

@@ -21,6 +21,7 @@ SHAPES = [
     ((5, 6, 2, 32), [2, 31, 129, 15, 70]),
     ((2, 4, 4, 256), [1, 80]),  # rows too wide for long blocks
     ((3, 48, 48, 8), [1, 64, 130]),  # so many that there is one part
+    ((9, 240, 120, 8), [1, 64, 130, 2, 65, 7, 16, 17, 129]),  # two heads of keys for a program
     ((17, 16, 16, 8), list(range(1, 18))),
     ((2, 16, 16, 8), [197, 60]),  # of the first, two parts are worth putting together
 ]
@@ -189,19 +190,19 @@ def test_what_compilers_are_told_of_the_operator_is_true() -> None:
 @pytest.mark.parametrize(
     ("n_texts", "row_bytes", "parts"),
     [
-        (1, 256, (16, 32, 3, 4, 1)),
-        (2, 256, (8, 64, 5, 8, 2)),
-        (8, 256, (2, 64, 5, 8, 8)),
-        (8, 512, (4, 32, 3, 4, 1)),
-        (16, 256, (1, 64, 5, 8, 16)),
-        (64, 256, (1, 64, 3, 4, 1)),
+        (1, 256, (16, 32, 3, 4, 1, 1)),
+        (2, 256, (8, 64, 5, 8, 2, 1)),
+        (8, 256, (2, 64, 5, 8, 8, 1)),
+        (8, 512, (4, 32, 3, 4, 1, 1)),
+        (16, 256, (1, 64, 5, 8, 16, 1)),
+        (64, 256, (1, 64, 3, 4, 1, 2)),
     ],
 )
-def test_a_few_texts_have_few_programs(
+def test_few_texts_have_few_programs_and_many_no_more_than_run(
     n_texts: int, row_bytes: int, parts: tuple[int, ...]
 ) -> None:
     module = importlib.import_module("pyper.kernels.paged_attention")
-    assert module._parts(n_texts, 16, row_bytes) == parts
+    assert module._parts(n_texts, 16, row_bytes, 1) == parts
 
 
 BUILD = """
@@ -216,7 +217,7 @@ numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
 shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "LEAST_BLOCKS": 4}
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "LEAST_BLOCKS": 4, "HEADS": 2}
 for stages, warps in (3, 4), (5, 8):
     constants = shape | {"STAGES": stages}
     options = {"num_warps": warps, "num_stages": stages}

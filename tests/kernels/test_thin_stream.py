@@ -24,8 +24,8 @@ from pyper.kernels.thin_blocks import SHARED_BYTES
 from pyper.kernels.thin_linear import thin_residual
 
 OP = importlib.import_module("pyper.kernels.thin_linear")
-# B, D, N: one tile of inputs and many, parts of them, outputs that are no whole blocks
-SHAPES = [(2, 128, 64), (5, 1536, 130), (17, 2048, 192), (64, 1024, 70)]
+# B, D, N: two tiles of inputs and many, parts of them, outputs that are no whole blocks
+SHAPES = [(2, 256, 64), (5, 1536, 130), (17, 2048, 192), (64, 1024, 70)]
 
 
 def launch_emulated(grid: tuple[int, int], *given: Any, **constants: Any) -> None:
@@ -106,7 +106,7 @@ def test_the_kernel_matches_a_loop(shape: tuple[int, int, int], choice: tuple[ob
 
 @needs_triton
 @needs_either
-@pytest.mark.parametrize(("B", "D", "N"), [(3, 256, 384), (64, 2048, 128)])
+@pytest.mark.parametrize(("B", "D", "N"), [(3, 256, 384), (64, 2048, 256)])
 def test_a_product_prepares_the_next_ones_norm(B: int, D: int, N: int) -> None:
     x, residual = random(B, D, seed=0, dtype=BF16), random(B, N, seed=4, dtype=BF16)
     first, second = (weight_of(N, size, BF16, bias=True) for size in (D, N))
@@ -126,7 +126,8 @@ def test_a_product_prepares_the_next_ones_norm(B: int, D: int, N: int) -> None:
 @pytest.mark.parametrize(
     ("B", "D", "N", "stored", "activation"),
     [
-        (4, 192, 64, BF16, "gelu"),  # no whole tiles
+        (4, 320, 64, BF16, "gelu"),  # no whole tiles
+        (4, 128, 64, BF16, "gelu"),  # one
         (4, 256, 64, torch.int8, "gelu"),
         (4, 256, 64, BF16, "swiglu"),
         (64, 256, 16_384, BF16, "gelu"),  # blocks of 128 outputs are faster

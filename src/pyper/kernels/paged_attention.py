@@ -5,6 +5,7 @@ The past is cut into parts that are read side by side (split-KV, "Flash-Decoding
 Queries and keys may come as the product wrote them: QK-norm and RoPE are done where they are read.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ if launch.HAS_TRITON:
 _PROGRAMS, _MOST_PARTS = 512, 16
 # Of few texts, half as many do, of eight warps and with twice as much on its way.
 _FEW_PROGRAMS = 256
+# Rows of a product of matrices, at least.
+_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -129,17 +132,21 @@ class Parts(NamedTuple):
     warps: int
     least_blocks: int = 1
     """Of a part: to put parts together takes as long as a program with less to read."""
+    heads: int = 1
+    """Of keys, read in turns."""
 
 
-def _parts(n_texts: int, n_kv_heads: int, row_bytes: int) -> Parts:
+def _parts(n_texts: int, n_kv_heads: int, row_bytes: int, groups: int) -> Parts:
     """Four programs share a processor, and its memory; of few texts two, with more on its way."""
     n_heads, long = n_texts * n_kv_heads, row_bytes <= 256  # rows of which there is room for 64
     if long and n_texts > 1 and n_heads <= _FEW_PROGRAMS:
         n_parts = block_of(_FEW_PROGRAMS // n_heads, _MOST_PARTS)
         return Parts(n_parts, 64, 5, 8, least_blocks=max(n_heads // 16, 1))
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
+    # No more programs than run at a time: going from head to head, reading never starts anew.
+    heads = math.gcd(block_of(max(n_heads // _PROGRAMS, 1), max(_QUERIES // groups, 1)), n_kv_heads)
     # Short parts fill no long block.
-    return Parts(n_parts, 64 if n_parts == 1 and long else 32, 3, 4)
+    return Parts(n_parts, 64 if n_parts == 1 and long else 32, 3, 4, heads=heads)
 
 
 @torch.library.custom_op("pyper::paged_attention", mutates_args=("keys", "values", "tickets"))
@@ -163,15 +170,14 @@ def _paged_attention_op(
     """All but the first three and `pages` contiguous; of those, what one text has."""
     (B, H, K), n_kv_heads = query.shape, key.shape[1]
     groups, width = H // n_kv_heads, block_of(K, 1 << 20)
-    n_parts, tokens, stages, warps, least_blocks = _parts(
-        B, n_kv_heads, width * query.element_size()
-    )
+    parts = _parts(B, n_kv_heads, width * query.element_size(), groups)
+    n_parts, heads = parts.n_parts, parts.heads
     out = query.new_empty(B, H, K)
     shape = (B, H, n_parts)
     part = out if n_parts == 1 else query.new_empty(*shape, K, dtype=torch.float32)
     log_sum = query.new_empty(shape, dtype=torch.float32)
     options = overlap_options(overlap, query.device)
-    attend_part[(B, n_kv_heads, n_parts)](
+    attend_part[(B, n_kv_heads // heads, n_parts)](
         *(query, key, value, keys, values, pages, positions, part, log_sum, out, tickets),
         *(cos, sin, query_gain, key_gain),
         *(query.stride(0), key.stride(0), value.stride(0), pages.stride(0), K**-0.5, eps),
@@ -179,16 +185,17 @@ def _paged_attention_op(
         HAS_NORM=query_gain is not None,
         HAS_TICKETS=tickets is not None and n_parts > 1,
         MOST_PARTS=_MOST_PARTS,
-        LEAST_BLOCKS=least_blocks,
+        LEAST_BLOCKS=parts.least_blocks,
         K=K,
         GROUPS=groups,
         PAGE=page_tokens,
-        BLOCK_G=max(block_of(groups, 1 << 20), 16),
-        BLOCK_S=tokens,
+        HEADS=heads,
+        BLOCK_G=max(block_of(heads * groups, 1 << 20), _QUERIES),
+        BLOCK_S=parts.tokens,
         BLOCK_K=max(width, 16),
-        STAGES=stages,
-        num_warps=warps,
-        num_stages=stages,
+        STAGES=parts.stages,
+        num_warps=parts.warps,
+        num_stages=parts.stages,
         **options,
     )
     if n_parts > 1 and tickets is None:

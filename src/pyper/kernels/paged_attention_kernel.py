@@ -74,14 +74,15 @@ def ask_for_past(
     n_kv_heads,
     K: tl.constexpr,
     PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Asks for the first keys and values that a part of head h will attend to."""
+    """Asks for the first keys and values that a part of heads from h on will attend to."""
     IN_LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
     s = start + tl.arange(0, BLOCK_S)
     tokens = _slots(pages_ptr, s, past, PAGE)[:, None] * (n_kv_heads * K) + h * K
-    lines = tokens + tl.arange(0, max(BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
+    lines = tokens + tl.arange(0, max(HEADS * BLOCK_K // IN_LINE, 1))[None, :] * IN_LINE
     ask_ahead(keys_ptr + lines)
     ask_ahead(values_ptr + lines)
 
@@ -142,44 +143,59 @@ def attend(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One part, tokens start … past, of what one text b and one head h of keys reads."""
+    """One part, tokens start … past, of what text b and HEADS heads of keys, from h on, read.
+
+    The queries of all these heads are rows of one product; those of other heads than the block's
+    weigh nothing.
+    """
     g, d, each = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
     row_width = n_kv_heads * K
     keys_ptr += h * K
     values_ptr += h * K
     first = (b * n_kv_heads + h) * GROUPS
     row = first + g  # of the queries, in (B · H)
-    in_query = (g < GROUPS)[:, None] & (d < K)[None, :]
+    in_query = (g < HEADS * GROUPS)[:, None] & (d < K)[None, :]
     at_query = b * query_stride + (h * GROUPS + g) * K
     query = _read_heads(
         *(query_ptr, at_query, d, in_query, query_gain_ptr, cos_ptr, sin_ptr, position, eps),
         *(K, HAS_TURN, HAS_NORM),
     ).to(keys_ptr.dtype.element_ty)
-    # The new token, which is not in the cache yet: asked for here, used behind the loop.
-    at_key = b * key_stride + h * K + tl.zeros((1,), dtype=tl.int32)
+    # Part 0 begins with the new token, which is not in the cache yet.
+    own = g // GROUPS
     new_key = _read_heads(
-        *(key_ptr, at_key, d, (d < K)[None, :], key_gain_ptr, cos_ptr, sin_ptr),
+        *(key_ptr, b * key_stride + (h + own) * K, d, in_query, key_gain_ptr, cos_ptr, sin_ptr),
         *(position, eps, K, HAS_TURN, HAS_NORM),
-    )
-    new_key = tl.sum(new_key, axis=0).to(keys_ptr.dtype.element_ty)
-    at_value = b * value_stride + h * K + d
-    new_value = tl.load(value_ptr + at_value, mask=d < K, other=0.0, cache_modifier=".cg")
-    highest = tl.full((BLOCK_G,), LOWEST, dtype=tl.float32)
-    total = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    mixed = tl.zeros((BLOCK_G, BLOCK_K), dtype=tl.float32)
-    for block in tl.range(start, past, BLOCK_S, num_stages=STAGES):
-        s = block + each
-        at = _slots(pages_ptr, s, past, PAGE)[:, None] * row_width + d[None, :]
+    ).to(keys_ptr.dtype.element_ty)
+    at_value = b * value_stride + (h + own)[:, None] * K + d[None, :]
+    new_value = tl.load(value_ptr + at_value, mask=in_query, other=0.0, cache_modifier=".cg")
+    if part == 0:
+        slot = tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE
+        at = slot * row_width + own[:, None] * K + d[None, :]
+        once = in_query & (g % GROUPS == 0)[:, None]
+        tl.store(keys_ptr + at, new_key, mask=once)
+        tl.store(values_ptr + at, new_value, mask=once)
+    score = scale * tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1)
+    highest = tl.where(part == 0, score, LOWEST)
+    total = tl.where(part == 0, 1.0, tl.zeros((BLOCK_G,), dtype=tl.float32))
+    mixed = tl.where(part == 0, new_value.to(tl.float32), 0.0)
+    for step in tl.range(0, tl.cdiv(past - start, BLOCK_S) * HEADS, num_stages=STAGES):
+        s = start + step // HEADS * BLOCK_S + each
+        head = step % HEADS
+        at = _slots(pages_ptr, s, past, PAGE)[:, None] * row_width + head * K + d[None, :]
         there = (s < past)[:, None] & (d < K)[None, :]
         key = tl.load(keys_ptr + at, mask=there, other=0.0)
         value = tl.load(values_ptr + at, mask=there, other=0.0)
         scores = scale * tl.dot(query, tl.trans(key), input_precision="ieee")  # (G, S)
-        scores = tl.where((s < past)[None, :], scores, float("-inf"))
+        counts = (s < past)[None, :]
+        if HEADS > 1:
+            counts &= (own == head)[:, None]
+        scores = tl.where(counts, scores, float("-inf"))
         now = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp(scores - now[:, None])
         shrink = tl.exp(highest - now)
@@ -187,18 +203,6 @@ def attend(
             weights.to(value.dtype), value, mixed * shrink[:, None], input_precision="ieee"
         )
         total = total * shrink + tl.sum(weights, axis=1)
-        highest = now
-    if part == 0:
-        slot = (tl.load(pages_ptr + position // PAGE) * PAGE + position % PAGE) * row_width
-        tl.store(keys_ptr + slot + d, new_key, mask=d < K)
-        tl.store(values_ptr + slot + d, new_value, mask=d < K)
-        wide = query.to(tl.float32) * new_key.to(tl.float32)[None, :]
-        score = scale * tl.sum(wide, axis=1)
-        now = tl.maximum(highest, score)
-        shrink, weight = tl.exp(highest - now), tl.exp(score - now)
-        mixed = mixed * shrink[:, None]
-        mixed += weight[:, None] * new_value.to(tl.float32)[None, :]
-        total = total * shrink + weight
         highest = now
     nothing = total == 0
     mixed = mixed / tl.where(nothing, 1.0, total)[:, None]
@@ -209,14 +213,14 @@ def attend(
     else:
         out = row * n_parts + part
         tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
-        tl.store(log_sum_ptr + out, log_sum, mask=g < GROUPS)
+        tl.store(log_sum_ptr + out, log_sum, mask=g < HEADS * GROUPS)
     if HAS_TICKETS and n_parts > 1:
         tl.debug_barrier()  # all threads have stored their part of the part
         ticket = tickets_ptr + b * n_kv_heads + h
         if tl.atomic_add(ticket, 1, sem="acq_rel") == n_parts - 1:
             tl.debug_barrier()
-            for group in tl.static_range(GROUPS):
-                _join(part_ptr, log_sum_ptr, out_ptr, first + group, n_parts, d, K, MOST_PARTS)
+            for q in tl.static_range(HEADS * GROUPS):
+                _join(part_ptr, log_sum_ptr, out_ptr, first + q, n_parts, d, K, MOST_PARTS)
             tl.store(ticket, 0)
 
 
@@ -251,14 +255,15 @@ def attend_part(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr = False,
 ):
-    b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n_kv_heads, n_parts = tl.num_programs(1), tl.num_programs(2)
+    b, h, part = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
+    n_kv_heads, n_parts = tl.num_programs(1) * HEADS, tl.num_programs(2)
     position = tl.load(positions_ptr + b).to(tl.int32)
     if HAS_TICKETS:  # else all parts are expected
         worth_it = tl.cdiv(tl.cdiv(position, BLOCK_S), LEAST_BLOCKS)
@@ -269,7 +274,7 @@ def attend_part(
         if OVERLAP:
             ask_for_past(
                 *(keys_ptr, values_ptr, pages_ptr, start, past, h, n_kv_heads),
-                *(K, PAGE, BLOCK_S, BLOCK_K),
+                *(K, PAGE, HEADS, BLOCK_S, BLOCK_K),
             )
         wait_for_others(OVERLAP)
         attend(
@@ -278,7 +283,7 @@ def attend_part(
             *(query_stride, key_stride, value_stride, scale, eps, position, start, past),
             *(b, h, part, n_kv_heads, n_parts),
             *(HAS_TURN, HAS_NORM, HAS_TICKETS, MOST_PARTS),
-            *(K, GROUPS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, STAGES),
+            *(K, GROUPS, PAGE, HEADS, BLOCK_G, BLOCK_S, BLOCK_K, STAGES),
         )
 
 

@@ -122,7 +122,7 @@ def whole_token_kernel(
                 if p < KV_HEADS * PARTS:
                     ask_for_past(
                         *(keys, values, pages_ptr, start, past, p // PARTS),
-                        *(KV_HEADS, K, PAGE, BLOCK_S, BLOCK_K),
+                        *(KV_HEADS, K, PAGE, 1, BLOCK_S, BLOCK_K),
                     )
             target += PROGRAMS
             wait(counter_ptr, target, TOGETHER)
@@ -134,7 +134,7 @@ def whole_token_kernel(
                     *(query_gain, key_gain, 0, 0, 0, K**-0.5, eps, position, start, past),
                     *(0, p // PARTS, p % PARTS, KV_HEADS, PARTS),
                     *(True, QK_NORM, True, PARTS),
-                    *(K, H // KV_HEADS, PAGE, BLOCK_G, BLOCK_S, BLOCK_K, 2),
+                    *(K, H // KV_HEADS, PAGE, 1, BLOCK_G, BLOCK_S, BLOCK_K, 2),
                 )
             arrive(counter_ptr, TOGETHER)
             if TOGETHER:
