@@ -15,6 +15,7 @@ from pyper.kernels.expert_choice import (
     expert_feed_forward_torch,
 )
 from pyper.kernels.feed_forward import dense_feed_forward, dense_feed_forward_torch
+from pyper.kernels.gradient_norm import gradient_norm, gradient_norm_torch
 from pyper.kernels.heads import normed_heads, normed_heads_torch
 from pyper.kernels.launch import runs_triton
 from pyper.kernels.momentum import add_updates, add_updates_torch, nesterov, nesterov_torch
@@ -58,6 +59,8 @@ __all__ = [
     "expert_feed_forward_torch",
     "gather_rows",
     "gather_rows_torch",
+    "gradient_norm",
+    "gradient_norm_torch",
     "join_weight",
     "linear_cross_entropy",
     "linear_cross_entropy_torch",

@@ -22,7 +22,7 @@ if launch.HAS_TRITON:
 
 # Programs that fill a large GPU; more parts than this do not pay for putting them together.
 _PROGRAMS, _MOST_PARTS = 512, 16
-# Of few texts, half as many do, of eight warps and with twice as much on its way.
+# Of few texts, half as many do, with twice as much on its way.
 _FEW_PROGRAMS = 256
 # Rows of a product of matrices, at least.
 _QUERIES = 16
@@ -141,7 +141,7 @@ def _parts(n_texts: int, n_kv_heads: int, row_bytes: int, groups: int) -> Parts:
     n_heads, long = n_texts * n_kv_heads, row_bytes <= 256  # rows of which there is room for 64
     if long and n_texts > 1 and n_heads <= _FEW_PROGRAMS:
         n_parts = block_of(_FEW_PROGRAMS // n_heads, _MOST_PARTS)
-        return Parts(n_parts, 64, 5, 8, least_blocks=max(n_heads // 16, 1))
+        return Parts(n_parts, 64, 5, 4, least_blocks=max(n_heads // 16, 1))
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
     # No more programs than run at a time: going from head to head, reading never starts anew.
     heads = math.gcd(block_of(max(n_heads // _PROGRAMS, 1), max(_QUERIES // groups, 1)), n_kv_heads)

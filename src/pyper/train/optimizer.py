@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from pyper.config import TrainConfig
 from pyper.errors import CheckpointError
-from pyper.kernels import AdamWSettings
-from pyper.kernels.launch import wide
+from pyper.kernels import AdamWSettings, TableCache, gradient_norm
 from pyper.nn import Transformer
 from pyper.train.adamw import AdamW
 from pyper.train.muon import Muon, step_together
@@ -36,6 +35,7 @@ class ExpertOptimizer:
             for optimizer in self._optimizers:
                 optimizer.lr = torch.tensor(optimizer.lr, device=model.device)
         self._clip = config.gradient_clip
+        self._tables = TableCache()
         self._as_they_are = torch.ones((), device=model.device)
         self._factor = self._as_they_are
 
@@ -104,12 +104,11 @@ class ExpertOptimizer:
                 weight.low.copy_(state["low"][weight.name])
 
     def _norm(self) -> Tensor:
-        grads = [grad for weight in self._weights if (grad := weight.grad) is not None]
-        if not grads:
+        found = [(w.parameter.data, w.grad) for w in self._weights if w.grad is not None]
+        if not found:
             return torch.zeros_like(self._as_they_are)
-        norms = torch._foreach_norm(grads, 2.0, dtype=wide(grads[0].dtype))
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        weights, grads = zip(*found, strict=True)
+        return gradient_norm(weights, grads, self._tables)
 
 
 def update_together(optimizers: Sequence[ExpertOptimizer]) -> None:
