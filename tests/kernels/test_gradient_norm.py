@@ -54,7 +54,7 @@ def test_the_kernel_is_the_norm_of_all_numbers_time_and_again(dtypes: list[torch
 def test_some_gradients_may_be_missing_or_lie_askew() -> None:
     tables = TableCache()
     weights, grads = weights_and_grads([BF16])
-    grads[2] = grads[2].mT.contiguous().mT
+    grads[2] = grads[2].repeat(1, 2)[:, : SHAPES[2][1]]
     grads[4] = torch.cat((grads[4].flatten()[:1], grads[4].flatten()))[1:].view_as(grads[4])
     with kernels():
         for kept in ([0, 2, 4], [1, 2], [5]):
