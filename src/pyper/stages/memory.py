@@ -11,7 +11,7 @@ _LOGITS_AT_ONCE = 2**27
 
 
 def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer states and activations, and of their peak.
+    """Bytes of weights, gradients, optimizer states, activations and workspace, and of their peak.
 
     Gradients come as activations go: the peak, "total", has the larger of the two.
     Activations are those of one micro-batch (where its size is "auto", of the whole batch) with
@@ -20,8 +20,8 @@ def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, in
     only, a sparse one 2 F for every expert that reads a token. on_kernels: as dense blocks train in
     bf16 on a GPU, 8 D + F. In fp8 linear maps keep what they read, and their weights, in 8 bits.
     A layer that trains by thresholds on kernels keeps 2 D + 2 F for every token and expert, needed
-    or not, where `RouterState.room` allows it. Not in it: the workspace of libraries, 1 GB at most
-    on a GPU, and what the allocator cannot use.
+    or not, where `RouterState.room` allows it. The workspace is that of the head, its logits. Not
+    in it: that of libraries (0.1 GB on a GPU), and what the allocator cannot use.
     """
     train = run.train
     parameters = count_parameters(run.model)
@@ -41,9 +41,9 @@ def training_memory(run: RunConfig, *, on_kernels: bool = False) -> dict[str, in
         "moments": parameters * moment_bytes(train),
         "activations": activation_bytes(run.model, how, tokens, again),
         "fp8_weights": fp8_weight_bytes(run.model, again) if how.in_fp8 else 0,
-        "logits": min(tokens * run.model.vocab_size, _LOGITS_AT_ONCE)
+        "workspace": min(tokens * run.model.vocab_size, _LOGITS_AT_ONCE)
         * (2 * width if how.on_kernels else width + 4),
     }
-    going = parts["activations"] + parts["fp8_weights"] + parts["logits"]
+    going = parts["activations"] + parts["fp8_weights"] + parts["workspace"]
     total = sum(parts.values()) - min(going, parts["gradients"])
     return parts | {"total": total}
