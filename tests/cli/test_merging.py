@@ -112,7 +112,6 @@ def test_what_cannot_be_merged_is_refused_in_two_lines(
         (("--router", "rigde"), "rigde"),
         (("--attention", "hard"), "hard"),
         (("--routing", "expert_choise"), "`--routing` does not know `expert_choise`"),
-        (("--top-k", "9"), "`--top-k` must be in [1, 2]"),
         (("--device", "gpu9"), "gpu9"),
         (("--add", "nothing"), "RUN:EXPERT"),
     ):

@@ -128,14 +128,6 @@ def test_no_expert_in_memory_at_all(pyper: Pyper, finished_run: Path) -> None:
     assert pyper("generate", finished_run, "--resident", 0).exit_code == 2
 
 
-def test_an_option_of_prepare_is_named_as_it_is_typed(
-    refused: Refused, texts_folder: Path, tmp_path: Path
-) -> None:
-    error, hint = refused("prepare", texts_folder, "-o", tmp_path / "new", "--vocab-size", 10)
-    assert "257" in error
-    assert hint == "change `--vocab-size`"
-
-
 def test_long_messages_are_not_cut_into_lines(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

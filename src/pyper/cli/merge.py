@@ -27,7 +27,7 @@ def merge(
     upcycle: Annotated[
         int | None, typer.Option(min=2, help="Copy the dense control this many times instead.")
     ] = None,
-    noise: Annotated[float, typer.Option(min=0, help="On upcycled copies, e.g. 0.01.")] = 0.0,
+    noise: Annotated[float, typer.Option(help="On upcycled copies, 0 or more, e.g. 0.01.")] = 0.0,
     add: Annotated[
         str | None,
         typer.Option(metavar="RUN:EXPERT", help="Add a run's expert to a merged model."),

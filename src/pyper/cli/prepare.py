@@ -7,6 +7,7 @@ import typer
 
 from pyper.cli.exclusive import refuse_beside
 from pyper.cli.output import JsonOption, print_json, stderr, stdout
+from pyper.cli.ranges import settings_of
 
 
 def prepare(
@@ -82,14 +83,10 @@ def prepare(
         "workers": workers,
     }
     # Imported here: pydantic would double the time of `pyper --help`.
-    from pyper.stages.prepare import (
-        check_options,
-        data_summary,
-        data_table,
-        prepare_with_progress,
-    )
+    from pyper.config import PrepareConfig
+    from pyper.stages.prepare import data_summary, data_table, prepare_with_progress
 
-    config = check_options({k: v for k, v in given.items() if v is not None})
+    config = settings_of(PrepareConfig, {k: v for k, v in given.items() if v is not None})
     if "text" in config.columns:
         refuse_beside(context, "--columns text=…", "text_key")
     manifest = prepare_with_progress(sources, output, config, stderr())

@@ -46,7 +46,7 @@ def serve(
         Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")
     ] = None,
     shutdown_seconds: Annotated[
-        float, typer.Option(min=0, help="Time for running requests once it is told to stop.")
+        float, typer.Option(help="Time, 0 or more, for running requests once it is told to stop.")
     ] = 30,
     compile_: Annotated[
         bool, typer.Option("--compile", help="On a GPU: compile decoding; the start takes longer.")

@@ -7,6 +7,7 @@ import typer
 
 from pyper.cli.exclusive import refuse_beside
 from pyper.cli.output import JsonOption, SetOption, print_json, stderr, stdout
+from pyper.cli.ranges import settings_of
 
 
 def train(
@@ -38,7 +39,10 @@ def train(
     if only:  # what it names is trained one after another
         refuse_beside(context, "--only", "jobs", "dry_run")
     from pyper.config import load_run
+    from pyper.config.run import RunSection
 
+    if jobs is not None:
+        settings_of(RunSection, {"jobs": jobs})
     extra = [f"run.jobs={jobs}"] if jobs is not None else []
     run = load_run(run_file, [*(overrides or ()), *extra])
     if dry_run:

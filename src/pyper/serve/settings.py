@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass
 
-from pyper.errors import ConfigError
+from pyper.errors import ConfigError, UsageError
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,15 @@ class Limits:
     """Running requests may take this long once the server was told to stop."""
     queue: int = 64
     """Sequences that wait while `max_running` are being written."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a time that is none."""
+        if not 0 <= self.shutdown_seconds < float("inf"):
+            raise UsageError(
+                "`--shutdown-seconds` must be a finite number, 0 or more, not "
+                f"{self.shutdown_seconds:g}",
+                hint="`30` is usual, `0` waits for nobody",
+            )
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _models(mixture: Mixture) -> list[Transformer]:
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raises ConfigError for a value that is none, UsageError for two that exclude each other."""
+    """Raises ConfigError for a name that is not known, UsageError for a number out of range and
+    for two options that exclude each other."""
     known = {
         "--to": (options.to, ("hf", "gguf")),
         "--architecture": (options.architecture, ("auto", "stock", "pyper")),
@@ -107,8 +108,9 @@ def check_options(options: ExportOptions) -> None:
             hint="leave one of `--shard-gb` and `--to gguf` out",
         )
     if options.shard_gb is not None and not 0 < options.shard_gb < float("inf"):
-        raise ConfigError(
-            f"`--shard-gb` must be more than 0, not {options.shard_gb}", hint="`5` is usual"
+        raise UsageError(
+            f"`--shard-gb` must be a finite number, more than 0, not {options.shard_gb:g}",
+            hint="`5` is usual",
         )
 
 

@@ -11,7 +11,7 @@ from pyper.config import SparseConfig, load_run
 from pyper.config.explain import nearest
 from pyper.config.load import validate
 from pyper.config.sparse import Routing
-from pyper.errors import ConfigError
+from pyper.errors import ConfigError, UsageError
 from pyper.stages.change import refuse_overwriting
 from pyper.stages.context import pick_device
 from pyper.stages.merge import MergePlan, Router, add_to_merged, merge_run
@@ -35,7 +35,10 @@ class MergeOptions:
 def merge_command(
     run_file: Path, output: Path, options: MergeOptions, console: Console
 ) -> dict[str, Any]:
-    """Check the options and do it. Raises ConfigError and what `merge_run` raises."""
+    """Check the options and do it.
+
+    Raises ConfigError, UsageError for a number out of range, and what `merge_run` raises.
+    """
     refuse_overwriting(output)
     if options.add is not None:
         run, colon, name = options.add.rpartition(":")
@@ -46,6 +49,7 @@ def merge_command(
     _one_of("--routing", options.routing, get_args(Routing))
     _one_of("--router", options.router, get_args(Router))
     _one_of("--attention", options.attention, ("average", "soft"))
+    _check_noise(options.noise)
     n_experts = options.upcycle or load_run(run_file).mixture.n_experts
     plan = MergePlan(
         sparse=_sparse_of(options, n_experts),
@@ -61,7 +65,7 @@ def merge_command(
 def _sparse_of(options: MergeOptions, n_experts: int) -> SparseConfig:
     by_token = options.routing == "token_choice"
     if by_token and not 1 <= options.top_k <= n_experts:
-        raise ConfigError(
+        raise UsageError(
             f"`--top-k` must be in [1, {n_experts}], the number of experts, not {options.top_k}",
             hint="`1` costs as much as a dense layer, `2` twice that",
         )
@@ -72,6 +76,14 @@ def _sparse_of(options: MergeOptions, n_experts: int) -> SparseConfig:
         "normalize_gates": by_token,
     }
     return validate(SparseConfig, values | ({"top_k": options.top_k} if by_token else {}))
+
+
+def _check_noise(noise: float) -> None:
+    if not 0 <= noise < float("inf"):
+        raise UsageError(
+            f"`--noise` must be a finite number, 0 or more, not {noise:g}",
+            hint="`0.01` is a hundredth of each matrix' root mean square",
+        )
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from pyper.checkpoint import format_bytes
 from pyper.config import RunConfig
 from pyper.data import TokenData, effective_tokens
-from pyper.errors import ConfigError, DataError
+from pyper.errors import DataError, UsageError
 from pyper.nn import count_parameters, train_flops_per_token
 from pyper.stages.context import pick_device, plan_budget, resolve, resolve_precision
 from pyper.stages.memory import training_memory
@@ -97,13 +97,16 @@ def _needs(run: RunConfig) -> dict[str, Any]:
 def step_plan(planned: dict[str, Any], mfu: float, peak_flops: float) -> dict[str, Any]:
     """FLOPs of one optimizer step, and its seconds where `mfu` of `peak_flops` is reached.
 
-    Raises ConfigError for shares and rates that cannot be.
+    Raises UsageError for shares and rates that cannot be.
     """
-    if not 0 < mfu <= 1 or peak_flops <= 0:
-        raise ConfigError(
-            f"`--mfu` must be in (0, 1] and `--tflops` above 0, not {mfu:g} and "
-            f"{peak_flops / 1e12:g}",
-            hint="0.4 to 0.6 of the data sheet's dense bf16 rate are usual",
+    if not 0 < mfu <= 1:
+        raise UsageError(
+            f"`--mfu` must be a share in (0, 1], not {mfu:g}", hint="0.4 to 0.6 are usual"
+        )
+    if not 0 < peak_flops < float("inf"):
+        raise UsageError(
+            f"`--tflops` must be a finite number, more than 0, not {peak_flops / 1e12:g}",
+            hint="take the dense bf16 rate of the device's data sheet",
         )
     tokens = planned["run"]["train"]["global_batch_tokens"]
     flops = tokens * planned["needs"]["train_flops_per_token"]

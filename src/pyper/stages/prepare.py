@@ -11,19 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyper.config import PrepareConfig
-from pyper.config.load import validate
 from pyper.data import DataManifest, prepare
 from pyper.data.counts import say_count
-from pyper.errors import ConfigError
-
-
-def check_options(given: dict[str, Any]) -> PrepareConfig:
-    """The options of `pyper prepare`. Raises ConfigError that names one that cannot be used."""
-    try:
-        return validate(PrepareConfig, given)
-    except ConfigError as error:
-        name = error.message.split("`")[1].replace("_", "-")
-        raise ConfigError(error.message, hint=f"change `--{name}`") from None
 
 
 def prepare_with_progress(
