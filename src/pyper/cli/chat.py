@@ -2,43 +2,33 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from pyper.cli import writing
 from pyper.cli.output import stdout
 from pyper.cli.ranges import options_in_range
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="A run folder or a mixture.")],
-    expert: Annotated[
-        str | None, typer.Option(help="Write with one expert: its name or number.")
-    ] = None,
+    model: writing.Model,
+    expert: writing.Expert = None,
     system: Annotated[str, typer.Option(help="A message before the conversation.")] = "",
-    mixing: Annotated[
-        str | None, typer.Option(help="posterior, top1 or window instead of the saved mode.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest.")] = None,
-    top_p: Annotated[float, typer.Option(help="Among the fewest that reach p.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="At least this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    mixing: writing.Mixing = None,
+    max_new_tokens: writing.MaxNewTokens = 256,
+    temperature: writing.Temperature = writing.TEMPERATURE,
+    top_k: writing.TopK = None,
+    top_p: writing.TopP = writing.TOP_P,
+    min_p: writing.MinP = 0.0,
+    repetition_penalty: writing.RepetitionPenalty = 1.0,
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same conversation.")
     ] = None,
-    resident: Annotated[
-        int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
-    ] = None,
-    weights: Annotated[
-        Literal["int8", "fp8"] | None,
-        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")
-    ] = None,
-    device: Annotated[str, typer.Option()] = "auto",
+    resident: writing.Resident = None,
+    weights: writing.Weights = None,
+    chat_template: writing.ChatTemplate = None,
+    device: writing.Device = "auto",
 ) -> None:
     """Talk to a model in the terminal; the colours show which expert wrote what.
 

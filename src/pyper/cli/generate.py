@@ -1,45 +1,36 @@
 """`pyper generate`."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from pyper.cli import writing
 from pyper.cli.output import JsonOption, print_json, stdout
 from pyper.cli.ranges import options_in_range
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run folder or a mixture.")],
+    model: writing.Model,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help='Text to go on from. Repeatable. Default: "".'),
     ] = None,
-    expert: Annotated[
-        str | None, typer.Option(help="Write with one expert: its name or number.")
-    ] = None,
-    mixing: Annotated[
-        str | None, typer.Option(help="posterior, top1 or window instead of the saved mode.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest.")] = None,
-    top_p: Annotated[float, typer.Option(help="Among the fewest that reach p.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="At least this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    expert: writing.Expert = None,
+    mixing: writing.Mixing = None,
+    max_new_tokens: writing.MaxNewTokens = 128,
+    temperature: writing.Temperature = writing.TEMPERATURE,
+    top_k: writing.TopK = None,
+    top_p: writing.TopP = writing.TOP_P,
+    min_p: writing.MinP = 0.0,
+    repetition_penalty: writing.RepetitionPenalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text. Repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour the text by the expert that wrote it.")
     ] = False,
-    resident: Annotated[
-        int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
-    ] = None,
-    weights: Annotated[
-        Literal["int8", "fp8"] | None,
-        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
-    ] = None,
-    device: Annotated[str, typer.Option()] = "auto",
+    resident: writing.Resident = None,
+    weights: writing.Weights = None,
+    device: writing.Device = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write text, streaming, from the mixture or one of its experts.

@@ -1,15 +1,16 @@
 """`pyper serve`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from pyper.cli import writing
 from pyper.cli.output import stdout
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="A run folder or a mixture.")],
+    model: writing.Model,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
     ] = "127.0.0.1",
@@ -36,15 +37,9 @@ def serve(
         int | None,
         typer.Option(min=1, help="Tokens of keys and values kept, over all experts and sequences."),
     ] = None,
-    resident: Annotated[
-        int | None, typer.Option(min=1, help="Experts kept in memory at a time (default: all).")
-    ] = None,
-    mixing: Annotated[
-        str | None, typer.Option(help="posterior, top1 or window instead of the saved mode.")
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")
-    ] = None,
+    resident: writing.Resident = None,
+    mixing: writing.Mixing = None,
+    chat_template: writing.ChatTemplate = None,
     shutdown_seconds: Annotated[
         float, typer.Option(help="Time, 0 or more, for running requests once it is told to stop.")
     ] = 30,
@@ -62,11 +57,8 @@ def serve(
             "or the mixture's own `lm` router.",
         ),
     ] = None,
-    weights: Annotated[
-        Literal["int8", "fp8"] | None,
-        typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
-    ] = None,
-    device: Annotated[str, typer.Option()] = "auto",
+    weights: writing.Weights = None,
+    device: writing.Device = "auto",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's interface, with a page to chat at `/`.
 
