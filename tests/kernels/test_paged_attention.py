@@ -1,7 +1,11 @@
 """One token per text against a loop over texts and heads, in float64."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +100,43 @@ def test_the_last_part_puts_all_together_time_and_again(
         for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
             compare(partial(paged_attention, tickets=tickets), shape, lengths, dtype)
             assert not tickets.any()
+
+
+@contextmanager
+def parts_first() -> Iterator[None]:
+    """The interpreter runs the first part of all texts, then the second, as a GPU may."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.set_grid_idx
+
+    def turned(builder: Any, *at: int) -> None:
+        texts, heads, parts = builder.grid_dim
+        n = (at[0] * heads + at[1]) * parts + at[2]
+        plain(builder, n // heads % texts, n % heads, n // (texts * heads))
+
+    with mock.patch.object(InterpreterBuilder, "set_grid_idx", turned):
+        yield
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        ((2, 16, 16, 16), [1025, 257]),
+        ((3, 4, 2, 16), [900, 200, 400]),
+        ((5, 6, 2, 32), [2, 31, 129, 15, 70]),
+    ],
+)
+def test_parts_of_texts_of_other_lengths_do_not_meet(
+    shape: tuple[int, ...], lengths: list[int]
+) -> None:
+    tickets = torch.zeros(shape[0] * shape[2], dtype=torch.int32, device=DEVICE)
+    with kernels(), poisoned(), parts_first():
+        compare(partial(paged_attention, tickets=tickets), shape, lengths, torch.bfloat16)
+    assert not tickets.any()
 
 
 def as_product(tensors: list[Tensor]) -> list[Tensor]:
@@ -205,6 +246,17 @@ def test_few_texts_have_few_programs_and_many_no_more_than_run(
     assert module._parts(n_texts, 16, row_bytes, 1) == parts
 
 
+@pytest.mark.parametrize(("n_kv_heads", "groups"), [(24, 5), (8, 4), (1, 71), (3, 1), (48, 1)])
+def test_the_heads_of_a_program_are_a_power_of_two_that_divides_them(
+    n_kv_heads: int, groups: int
+) -> None:
+    module = importlib.import_module("pyper.kernels.paged_attention")
+    for n_texts in (1, 64, 128, 500):
+        heads = module._parts(n_texts, n_kv_heads, 256, groups).heads
+        assert n_kv_heads % heads == heads & (heads - 1) == 0
+        assert heads == 1 or heads * groups <= 16
+
+
 BUILD = """
 import importlib
 from kernels.hopper import build
@@ -215,11 +267,11 @@ sums = {"part_ptr": "*fp32", "log_sum_ptr": "*fp32", "cos_ptr": "*fp32", "sin_pt
 numbers = {"tickets_ptr": "*i32", "pages_ptr": "*i64", "positions_ptr": "*i64"}
 numbers |= {"scale": "fp32", "eps": "fp32"}
 numbers |= {f"{name}_stride": "i32" for name in ("query", "key", "value", "pages")}
-shape = {"K": 128, "GROUPS": 1, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
+shape = {"K": 128, "PAGE": 16, "BLOCK_G": 16, "BLOCK_S": 64, "BLOCK_K": 128}
 shape |= {"HAS_TURN": True, "HAS_NORM": True, "OVERLAP": True}
-shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "LEAST_BLOCKS": 4, "HEADS": 2}
-for stages, warps in (3, 4), (5, 4):
-    constants = shape | {"STAGES": stages}
+shape |= {"HAS_TICKETS": True, "MOST_PARTS": 16, "LEAST_BLOCKS": 4}
+for stages, warps, heads, groups in (3, 4, 2, 1), (5, 4, 1, 1), (3, 4, 4, 4), (5, 4, 1, 8):
+    constants = shape | {"STAGES": stages, "HEADS": heads, "GROUPS": groups}
     options = {"num_warps": warps, "num_stages": stages}
     ptx = build(module.attend_part, sums | numbers, constants, **options).asm["ptx"]
     assert "cp.async.cg" in ptx  # sixteen bytes at a time, while others are used

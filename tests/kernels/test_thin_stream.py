@@ -188,7 +188,8 @@ for block_b in (16, 32, 64):
     wide = {"ACTIVATION": "gelu", "N_SQUARES": 32, "N_SPLITS": 1, "residual_ptr": None}
     wide |= {f"{n}_ptr": None for n in ("next_gain", "next", "next_squares", "part", "tickets")}
     narrow = {"ACTIVATION": "", "N_SQUARES": 0, "N_SPLITS": 4, "squares_ptr": None}
-    for constants in (wide, narrow):
+    others = [wide | {"ACTIVATION": kind} for kind in ("gelu_tanh", "relu2", "")]
+    for constants in (wide, narrow, *others):
         constants = shape | constants | {"bias_ptr": None}
         built = build(stream, types, constants, gluon=True, num_warps=4)
         ptx = built.asm["ptx"]

@@ -1,4 +1,4 @@
-"""The norm of all gradients of a model, each read once, in one launch for all of one type."""
+"""The norm of all gradients of a model: each is read once, those of one type side by side."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def gradient_norm_torch(
 
 def _sum_of_squares(weights: list[Tensor], grads: list[Tensor], tables: TableCache) -> Tensor:
     """Of gradients of one type."""
-    key = ("gradient norm", grads[0].dtype, tuple(w.data_ptr() for w in weights))
+    key = ("gradient norm", grads[0].dtype, tuple(w.numel() for w in weights))
     table = tables.get(key, [weights], _PIECE)
     given = table.changing(grads)
     launches = table.launches()

@@ -18,11 +18,11 @@ if launch.HAS_TRITON:
 
 def overlap_options(wanted: bool, device: torch.device) -> dict[str, bool]:
     """What a launch and its kernel are told."""
-    options = early_options(wanted, device)
+    options = launch_options(wanted, device)
     return {"OVERLAP": True, **options} if options else {}
 
 
-def early_options(wanted: bool, device: torch.device) -> dict[str, bool]:
+def launch_options(wanted: bool, device: torch.device) -> dict[str, bool]:
     """What a launch is told, of a kernel that waits for the one before in any case."""
     return {"launch_pdl": True} if wanted and can_overlap(device) else {}
 

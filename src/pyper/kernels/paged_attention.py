@@ -62,7 +62,8 @@ def paged_attention(
     each; positions: (B,) int64, of the tokens in their texts. turn: None where query and key are
     turned already. The softmax is in float32. Returns (B, H, K) in the type of the query.
     tickets: (B · kv_heads,) int32 zeros, and zero again afterwards: the last part of a text and
-    head puts all of them together, where otherwise a kernel of its own must.
+    head puts all of them together, where otherwise a kernel of its own must. With them short
+    pasts have fewer parts.
     overlap: read positions, pages and cache while the kernel before still runs; that one must not
     have written them.
     """
@@ -144,7 +145,8 @@ def _parts(n_texts: int, n_kv_heads: int, row_bytes: int, groups: int) -> Parts:
         return Parts(n_parts, 64, 5, 4, least_blocks=max(n_heads // 16, 1))
     n_parts = block_of(max(_PROGRAMS // n_heads, 1), _MOST_PARTS)
     # No more programs than run at a time: going from head to head, reading never starts anew.
-    heads = math.gcd(block_of(max(n_heads // _PROGRAMS, 1), max(_QUERIES // groups, 1)), n_kv_heads)
+    most = 1 << max(_QUERIES // groups, 1).bit_length() - 1
+    heads = math.gcd(block_of(max(n_heads // _PROGRAMS, 1), most), n_kv_heads)
     # Short parts fill no long block.
     return Parts(n_parts, 64 if n_parts == 1 and long else 32, 3, 4, heads=heads)
 
@@ -184,7 +186,7 @@ def _paged_attention_op(
         HAS_TURN=cos is not None,
         HAS_NORM=query_gain is not None,
         HAS_TICKETS=tickets is not None and n_parts > 1,
-        MOST_PARTS=_MOST_PARTS,
+        MOST_PARTS=n_parts,
         LEAST_BLOCKS=parts.least_blocks,
         K=K,
         GROUPS=groups,

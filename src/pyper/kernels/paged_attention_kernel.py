@@ -91,16 +91,19 @@ def ask_for_past(
 def _join(
     part_ptr, log_sum_ptr, out_ptr, row, n_parts, d, K: tl.constexpr, MOST_PARTS: tl.constexpr
 ):
-    """The parts of a query, each by its share of the softmax, in their order."""
+    """The parts of a query, each by its share of the softmax, in their order.
+
+    There is room for MOST_PARTS of each: how many there are differs from text to text.
+    """
     p = tl.arange(0, MOST_PARTS)
     there = p < n_parts
     # Others may have written them: not from a cache of this processor.
     log_sum = tl.load(
-        log_sum_ptr + row * n_parts + p, mask=there, other=float("-inf"), cache_modifier=".cg"
+        log_sum_ptr + row * MOST_PARTS + p, mask=there, other=float("-inf"), cache_modifier=".cg"
     )
     weights = tl.exp(log_sum - tl.max(log_sum, axis=0))  # the first part is not empty
     weights = weights / tl.sum(weights, axis=0)
-    at = (row * n_parts + p)[:, None] * K + d[None, :]
+    at = (row * MOST_PARTS + p)[:, None] * K + d[None, :]
     inside = there[:, None] & (d < K)[None, :]
     parts = tl.load(part_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
     mixed = tl.sum(weights[:, None] * parts, axis=0)
@@ -211,7 +214,7 @@ def attend(
     if HAS_TICKETS and n_parts == 1:
         tl.store(out_ptr + row[:, None] * K + d[None, :], mixed, mask=in_query)
     else:
-        out = row * n_parts + part
+        out = row * MOST_PARTS + part
         tl.store(part_ptr + out[:, None] * K + d[None, :], mixed, mask=in_query)
         tl.store(log_sum_ptr + out, log_sum, mask=g < HEADS * GROUPS)
     if HAS_TICKETS and n_parts > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyper.kernels.gluon_support import is_tried
 from pyper.kernels.launch import block_of
-from pyper.kernels.overlap import early_options
+from pyper.kernels.overlap import launch_options
 from pyper.kernels.thin_blocks import SHARED_BYTES, Blocks, row_block
 
 OUTPUTS, INPUTS = 64, 128
@@ -68,7 +68,7 @@ def stream_rows(
         BLOCK_B=block_b,
         STAGES=stages_of(block_b),
         num_warps=4,
-        **early_options(overlap, x.device),
+        **launch_options(overlap, x.device),
     )
 
 

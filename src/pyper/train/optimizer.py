@@ -104,7 +104,7 @@ class ExpertOptimizer:
                 weight.low.copy_(state["low"][weight.name])
 
     def _norm(self) -> Tensor:
-        found = [(w.parameter.data, w.grad) for w in self._weights if w.grad is not None]
+        found = [(w.parameter, w.grad) for w in self._weights if w.grad is not None]
         if not found:
             return torch.zeros_like(self._as_they_are)
         weights, grads = zip(*found, strict=True)
