@@ -11,7 +11,7 @@ from pyper.cli.generate import generate
 from pyper.cli.serve import serve
 
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-OPENING = {"model", "mixing", "resident", "weights", "device"}
+OPENING = {"model", "mixing", "resident", "weights", "device", "speculate", "draft"}
 COMMANDS = {"chat": chat, "generate": generate, "serve": serve}
 
 

@@ -83,12 +83,14 @@ def test_a_damaged_expert_is_found_before_it_is_asked_for(
     assert "is damaged" in done.complaint[0]
 
 
-def test_help_says_who_can_draft(pyper: Pyper) -> None:
-    help_text = pyper("serve", "--help").stdout
+@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
+def test_help_says_who_can_draft(pyper: Pyper, command: str) -> None:
+    help_text = pyper(command, "--help").stdout
     assert "--draft" in help_text
     assert "router" in help_text
 
 
+@pytest.mark.parametrize("command", [("serve", "--port", 0), ("generate",), ("chat",)])
 @pytest.mark.parametrize(
     ("draft", "complaint"),
     [
@@ -98,10 +100,11 @@ def test_help_says_who_can_draft(pyper: Pyper) -> None:
     ],
 )
 def test_a_draft_that_cannot_guess_is_refused(
-    pyper: Pyper, finished_run: Path, draft: str, complaint: str
+    pyper: Pyper, finished_run: Path, command: tuple[object, ...], draft: str, complaint: str
 ) -> None:
     who = draft if draft == "router" else finished_run / draft
-    done = pyper("serve", finished_run, "--port", 0, "--draft", who)
+    name, *options = command
+    done = pyper(name, finished_run, *options, "--draft", who)
     assert done.exit_code == 1
     assert complaint in done.complaint[0]
     assert len(done.complaint) == 2

@@ -26,6 +26,8 @@ def chat(
         int | None, typer.Option(help="The same seed gives the same conversation.")
     ] = None,
     resident: writing.Resident = None,
+    speculate: writing.Speculate = False,
+    draft: writing.Draft = None,
     weights: writing.Weights = None,
     chat_template: writing.ChatTemplate = None,
     device: writing.Device = "auto",
@@ -35,6 +37,9 @@ def chat(
     Messages may also come from a pipe, one per line. `/help` lists the commands.
 
     Example: `pyper chat runs/quickstart`
+
+    The same answers sooner, where a small model's guesses come true:
+    `pyper chat runs/large --draft runs/small`
     """
     from pyper.generate import SamplingConfig
     from pyper.serve.chat_template import open_template
@@ -58,6 +63,8 @@ def chat(
         resident=resident,
         device=device,
         narrow=weights,
+        speculate=speculate,
+        draft=draft,
     )
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     chat_in_terminal(

@@ -29,6 +29,8 @@ def generate(
         bool, typer.Option("--show-experts", help="Colour the text by the expert that wrote it.")
     ] = False,
     resident: writing.Resident = None,
+    speculate: writing.Speculate = False,
+    draft: writing.Draft = None,
     weights: writing.Weights = None,
     device: writing.Device = "auto",
     as_json: JsonOption = False,
@@ -36,6 +38,9 @@ def generate(
     """Write text, streaming, from the mixture or one of its experts.
 
     Example: `pyper generate runs/quickstart -p "def main(" --show-experts`
+
+    The same text sooner, where a small model's guesses come true:
+    `pyper generate runs/large -p "Once upon a time" --draft runs/small`
     """
     from pyper.generate import SamplingConfig
     from pyper.stages.write import open_model, print_stream, write_json
@@ -58,6 +63,8 @@ def generate(
         resident=resident,
         device=device,
         narrow=weights,
+        speculate=speculate,
+        draft=draft,
     )
     prompts = prompt or [""]
     if as_json:

@@ -46,17 +46,8 @@ def serve(
     compile_: Annotated[
         bool, typer.Option("--compile", help="On a GPU: compile decoding; the start takes longer.")
     ] = False,
-    speculate: Annotated[
-        bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
-    ] = False,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|router",
-            help="A small model of the same tokenizer guesses, while that is faster: its folder, "
-            "or the mixture's own `lm` router.",
-        ),
-    ] = None,
+    speculate: writing.Speculate = False,
+    draft: writing.Draft = None,
     weights: writing.Weights = None,
     device: writing.Device = "auto",
 ) -> None:
@@ -80,7 +71,6 @@ def serve(
         max_running=max_running,
         cache_tokens=cache_tokens or EngineLimits.cache_tokens,
         compiled=compile_,
-        speculate=speculate,
     )
     serve_model(
         model,
@@ -91,6 +81,7 @@ def serve(
         resident=resident,
         device=device,
         narrow=weights,
+        speculate=speculate,
         draft=draft,
         chat_template=chat_template,
     )

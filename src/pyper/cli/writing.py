@@ -1,4 +1,4 @@
-"""Options of the commands that write text: which model, and how tokens are drawn."""
+"""Options of the commands that write text: the model, who guesses for it, how tokens are drawn."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +16,17 @@ Resident = Annotated[
 Weights = Annotated[
     Literal["int8", "fp8"] | None,
     typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
+]
+Speculate = Annotated[
+    bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|router",
+        help="A small model of the same tokenizer guesses, while that is faster: its folder, "
+        "or the mixture's own `lm` router.",
+    ),
 ]
 ChatTemplate = Annotated[
     Path | None, typer.Option(help="A Jinja template instead of the tokenizer's own.")

@@ -11,7 +11,7 @@ from pyper.generate.mixture_reader import MixtureReader
 from pyper.generate.predictions import Predictions
 from pyper.generate.request import EngineLimits, EngineStats, Event, Request
 from pyper.generate.running import Running, chances
-from pyper.generate.speculation import Drafter, Payoff, RepetitionDrafter
+from pyper.generate.speculation import Drafter, Payoff
 from pyper.generate.text import TextStream
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
@@ -34,8 +34,6 @@ class BatchEngine:
         drafter: Drafter | None = None,
     ) -> None:
         """fixed_shapes: see `MixtureReader`. drafter: guesses tokens, while that pays."""
-        if drafter is None and limits.speculate:
-            drafter = RepetitionDrafter()
         self.mixture, self.tokenizer, self.limits = mixture, tokenizer, limits
         self._reader = MixtureReader(
             mixture,

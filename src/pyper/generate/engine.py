@@ -8,6 +8,7 @@ from pyper.errors import PromptError
 from pyper.generate.batch_engine import BatchEngine
 from pyper.generate.request import EngineLimits, FinishReason, Request
 from pyper.generate.sampling import SamplingConfig
+from pyper.generate.speculation import Drafter
 from pyper.mixture import Mixture
 from pyper.nn import PAGE_TOKENS
 
@@ -55,18 +56,23 @@ def encode_prompt(tokenizer: TextTokenizer, prompt: str, context: int) -> list[i
 
 
 def stream(
-    mixture: Mixture, tokenizer: TextTokenizer, prompts: Sequence[str], config: SamplingConfig
+    mixture: Mixture,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    drafter: Drafter | None = None,
 ) -> Iterator[Piece]:
     """Write after each prompt; pieces come as they are made, the rows side by side.
 
-    A row's text depends on its prompt, its place in the list and the seed, not on its neighbours.
-    Raises PromptError.
+    A row's text depends on its prompt, its place in the list and the seed, not on its neighbours,
+    and not on the drafter, which guesses tokens while that is faster. Raises PromptError.
     """
     if not prompts:
         raise PromptError("there is no prompt", hint='pass one, `""` begins a document')
     context = mixture.settings.seq_len
     encoded = [encode_prompt(tokenizer, prompt, context) for prompt in prompts]
-    engine = BatchEngine(mixture, tokenizer, _room_for(mixture, encoded, config))
+    room = _room_for(mixture, encoded, config)
+    engine = BatchEngine(mixture, tokenizer, room, drafter=drafter)
     row_of = {
         engine.submit(Request(tuple(prompt), replace(config, seed=config.seed + row))): row
         for row, prompt in enumerate(encoded)
@@ -93,11 +99,15 @@ def _room_for(
 
 
 def complete(
-    mixture: Mixture, tokenizer: TextTokenizer, prompts: Sequence[str], config: SamplingConfig
+    mixture: Mixture,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    drafter: Drafter | None = None,
 ) -> list[Completion]:
     """`stream`, collected: one completion per prompt."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
-    for piece in stream(mixture, tokenizer, prompts, config):
+    for piece in stream(mixture, tokenizer, prompts, config, drafter):
         pieces[piece.row].append(piece)
     return [
         Completion("".join(p.text for p in row), tuple(row), row[-1].finished or "length")

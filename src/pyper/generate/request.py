@@ -54,8 +54,6 @@ class EngineLimits:
     between. None: 512 on a CPU; 4,096 on a GPU, where the host takes as long for a few."""
     compiled: bool = False
     """On a GPU: decoding goes through `torch.compile`; the first steps take a minute."""
-    speculate: bool = False
-    """Guess from what the text repeats, while that pays; changes no text."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self._n_answers = 0
         limits = EngineLimits(max_running=1)
-        self._engine = BatchEngine(model.mixture, model.tokenizer, limits)
+        self._engine = BatchEngine(model.mixture, model.tokenizer, limits, drafter=model.drafter)
 
     def answer(self, text: str) -> Generator[Event, None, None]:
         """Say something; the answer as it is written. Closing the iterator stops it."""

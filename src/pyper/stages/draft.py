@@ -4,26 +4,28 @@ from pathlib import Path
 
 import torch
 
+from pyper.data import TextTokenizer
 from pyper.errors import CheckpointError, ConfigError, TokenizerError
 from pyper.generate import Drafter, ModelDrafter, RouterDrafter
 from pyper.mixture import LMRouter, Mixture
 from pyper.mixture.expert_folder import build_expert
 from pyper.stages.start import open_start
-from pyper.stages.write import OpenModel
 
 ROUTER = "router"
 
 
-def open_drafter(draft: str, model: OpenModel, device: torch.device) -> Drafter:
-    """Who guesses for a model: `router`, or the one model in a folder.
+def open_drafter(
+    draft: str, mixture: Mixture, tokenizer: TextTokenizer, device: torch.device
+) -> Drafter:
+    """Who guesses for a mixture: `router`, or the one model in a folder.
 
     That is a run or mixture of one, one of a mixture's experts, or a checkpoint inside its run.
     Raises CheckpointError, ConfigError for a router that is no language model and for a mixture of
     several, TokenizerError for a model of another tokenizer.
     """
-    n_tokens = model.tokenizer.vocab_size
+    n_tokens = tokenizer.vocab_size
     if draft == ROUTER:
-        return RouterDrafter(_router_of(model.mixture).models, n_tokens)
+        return RouterDrafter(_router_of(mixture).models, n_tokens)
     path = Path(draft)
     if not path.exists():
         raise CheckpointError(
@@ -31,7 +33,7 @@ def open_drafter(draft: str, model: OpenModel, device: torch.device) -> Drafter:
             hint=f"pass the folder of a small model, or `{ROUTER}`",
         )
     start = open_start(path, None, "--draft")
-    _check_tokenizer(path, start.tokenizer, model.tokenizer.fingerprint)
+    _check_tokenizer(path, start.tokenizer, tokenizer.fingerprint)
     tensors = start.load()
     keep = device.type == "cpu"  # the mapped file itself
     return ModelDrafter(build_expert(start.config, tensors, device=device, keep=keep), n_tokens)

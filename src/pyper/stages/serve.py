@@ -10,8 +10,6 @@ from pyper.errors import ConfigError, MissingExtraError, UsageError
 from pyper.generate import EngineLimits, Narrow
 from pyper.serve.chat_template import open_template
 from pyper.serve.settings import ServeSettings
-from pyper.stages.context import pick_device
-from pyper.stages.draft import open_drafter
 from pyper.stages.write import OpenModel, open_model
 
 KEY_VARIABLE = "PYPER_API_KEY"
@@ -27,12 +25,13 @@ def serve_model(
     resident: int | None,
     device: str,
     narrow: Narrow | None = None,
+    speculate: bool = False,
     draft: str | None = None,
     chat_template: Path | None,
 ) -> None:
     """Answer requests until a signal comes.
 
-    draft: who guesses, see `open_drafter`. Raises MissingExtraError without the extra `serve`,
+    speculate, draft: see `open_model`. Raises MissingExtraError without the extra `serve`,
     ConfigError, CheckpointError, TokenizerError.
     """
     for package in ("fastapi", "uvicorn", "prometheus_client"):
@@ -42,9 +41,15 @@ def serve_model(
 
     with listen(settings) as listening:
         model = open_model(
-            path, expert=None, mixing=mixing, resident=resident, device=device, narrow=narrow
+            path,
+            expert=None,
+            mixing=mixing,
+            resident=resident,
+            device=device,
+            narrow=narrow,
+            speculate=speculate,
+            draft=draft,
         )
-        drafter = None if draft is None else open_drafter(draft, model, pick_device(device))
         template = open_template(path, chat_template)
         _load_experts(model, resident)
         n, context = len(model.names), model.mixture.settings.seq_len
@@ -55,7 +60,13 @@ def serve_model(
             soft_wrap=True,
         )
         run_server(
-            model.mixture, model.tokenizer, template, settings, engine_limits, listening, drafter
+            model.mixture,
+            model.tokenizer,
+            template,
+            settings,
+            engine_limits,
+            listening,
+            model.drafter,
         )
 
 

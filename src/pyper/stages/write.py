@@ -11,9 +11,19 @@ from rich.text import Text
 
 from pyper.data import TextTokenizer
 from pyper.errors import ConfigError, UsageError
-from pyper.generate import Narrow, SamplingConfig, complete, stream, with_narrow_weights
+from pyper.generate import (
+    Drafter,
+    Narrow,
+    RepetitionDrafter,
+    RouterDrafter,
+    SamplingConfig,
+    complete,
+    stream,
+    with_narrow_weights,
+)
 from pyper.mixture import Mixture, MixtureSettings, load_mixture
 from pyper.stages.context import pick_device
+from pyper.stages.draft import open_drafter
 
 # Readable on dark and on light backgrounds.
 _STYLES = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -39,6 +49,8 @@ class OpenModel:
 
     mixture: Mixture
     tokenizer: TextTokenizer
+    drafter: Drafter | None = None
+    """Guesses what is written, where somebody does."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,11 +66,14 @@ def open_model(
     resident: int | None,
     device: str,
     narrow: Narrow | None = None,
+    speculate: bool = False,
+    draft: str | None = None,
 ) -> OpenModel:
     """Open the mixture of a run; narrow: with eight-bit weights.
 
-    Raises CheckpointError, ConfigError for an unknown expert, UsageError for one that is to be
-    mixed.
+    speculate: guess what repeats. draft: who guesses instead, see `open_drafter`. Raises
+    CheckpointError, ConfigError for an unknown expert, UsageError for one that is to be mixed, and
+    what `open_drafter` raises.
     """
     if expert is not None and mixing is not None:
         raise UsageError(
@@ -70,9 +85,14 @@ def open_model(
         mixture = with_narrow_weights(mixture, narrow)
     if mixing is not None:
         mixture.settings = _with_mixing(mixture.settings, mixing)
-    if expert is not None:
-        mixture = only_expert(mixture, expert)
-    return OpenModel(mixture, tokenizer)
+    drafter: Drafter | None = RepetitionDrafter() if speculate else None
+    if draft is not None:
+        drafter = open_drafter(draft, mixture, tokenizer, pick_device(device))
+    if expert is None:
+        return OpenModel(mixture, tokenizer, drafter)
+    if isinstance(drafter, RouterDrafter):  # the router knows each expert; one is left
+        drafter = drafter.drafters[find_expert(mixture.settings.experts, expert)]
+    return OpenModel(only_expert(mixture, expert), tokenizer, drafter)
 
 
 def _with_mixing(settings: MixtureSettings, mixing: str) -> MixtureSettings:
@@ -115,7 +135,7 @@ def print_stream(
     for number, prompt in enumerate(prompts):
         if number:
             console.print()
-        pieces = iter(stream(model.mixture, model.tokenizer, [prompt], sampling))
+        pieces = iter(stream(model.mixture, model.tokenizer, [prompt], sampling, model.drafter))
         first = list(islice(pieces, 1))  # a prompt that cannot be served is refused here
         console.print(Text(prompt, style="bold"), end="")
         tokens = [0] * len(model.names)
@@ -142,7 +162,7 @@ def write_json(
     model: OpenModel, prompts: Sequence[str], sampling: SamplingConfig
 ) -> dict[str, Any]:
     """All completions, side by side in one batch, with the expert of every token."""
-    completions = complete(model.mixture, model.tokenizer, prompts, sampling)
+    completions = complete(model.mixture, model.tokenizer, prompts, sampling, model.drafter)
     return {
         "experts": list(model.names),
         "completions": [
