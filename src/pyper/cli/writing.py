@@ -15,7 +15,7 @@ Resident = Annotated[
 ]
 Weights = Annotated[
     Literal["int8", "fp8"] | None,
-    typer.Option(help="Eight-bit weights: half the memory, and on a GPU half the time."),
+    typer.Option(help="Eight-bit weights: half the memory, and a GPU writes single texts faster."),
 ]
 Speculate = Annotated[
     bool, typer.Option("--speculate", help="Guess what repeats, while that is faster.")
