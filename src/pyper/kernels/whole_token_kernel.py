@@ -16,7 +16,7 @@ a weight are dealt out in turn, so that every program has as many, but for one.
 import triton
 import triton.language as tl
 
-from pyper.kernels.paged_attention_kernel import ask_for_past, attend, part_of_past
+from pyper.kernels.attend_kernel import ask_for_past, attend, part_of_past
 from pyper.kernels.whole_token_parts import (
     address,
     arrive,
