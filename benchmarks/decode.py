@@ -16,19 +16,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
+from _decode_model import GPU, expert, long_prompt, random_prompt, shape_of, wait
+from _decode_peers import plain_row, transformers_row
 from _kernels import kernels_of
 from _record import add_json_option, write_record
-from _timing import as_graph, copied_bytes_per_second, median_ms
+from _timing import copied_bytes_per_second
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from pyper.config import ExpertConfig
 from pyper.generate import (
     BatchEngine,
     EngineLimits,
@@ -37,11 +36,9 @@ from pyper.generate import (
     SamplingConfig,
     with_narrow_weights,
 )
-from pyper.generate.usual_layers import after, before, last
 from pyper.generate.whole_layers import WholeLayers
 from pyper.mixture import Mixture, MixtureSettings
-from pyper.nn import PAGE_TOKENS, Transformer, init_weights
-from pyper.nn.rope import rotation
+from pyper.nn import PAGE_TOKENS, Transformer
 
 ROWS = [
     "transformers, dynamic cache",
@@ -57,8 +54,6 @@ ROWS = [
     "Pyper compiled, int8",
     "Pyper compiled, two experts",
 ]
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 def parse() -> argparse.Namespace:
@@ -73,43 +68,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     add_json_option(parser)
     return parser.parse_args()
-
-
-def shape_of(args: argparse.Namespace) -> ExpertConfig:
-    return ExpertConfig(
-        vocab_size=args.vocabulary,
-        seq_len=2048 if GPU else 256,
-        bos_id=0,
-        d_model=args.width,
-        n_layers=args.layers,
-        n_heads=max(1, args.width // 128),
-        d_ff=4 * args.width,
-    )
-
-
-def expert(args: argparse.Namespace, seed: int = 0) -> Transformer:
-    with torch.device(DEVICE):
-        model = Transformer(shape_of(args)).to(torch.bfloat16 if GPU else torch.float32)
-    init_weights(model, seed)
-    with torch.no_grad():  # some begin as zeros, which memory moves faster than numbers
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.02)
-    return model.eval()
-
-
-def random_prompt(args: argparse.Namespace, length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, args.vocabulary, (length,), generator=generator).tolist()
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def long_prompt(args: argparse.Namespace) -> list[int]:
-    return random_prompt(args, min(1024, shape_of(args).seq_len // 2), seed=99)
 
 
 class AnyText:
@@ -188,101 +146,6 @@ def first_token(engine: BatchEngine, prompt: list[int]) -> float:
     while not engine.idle:
         engine.step()
     return time.perf_counter() - start
-
-
-def plain_row(args: argparse.Namespace) -> dict[str, float]:
-    """The model in a loop, its step recorded as one graph; attention reads the whole cache."""
-    model = expert(args)
-    speeds = {}
-    for batch in (1, args.batch):
-        step = plain_step(args, model, batch)
-        run = as_graph(step) if GPU else step
-        speeds[f"batch {batch}"] = 1e3 * batch / median_ms(run, repeats=args.context // 4)
-    return speeds
-
-
-def plain_step(args: argparse.Namespace, model: Transformer, batch: int) -> Callable[[int], None]:
-    c, dtype = model.config, model.embedding.weight.dtype
-    shape = (c.n_layers, batch, c.kv_heads, args.context, c.dim_per_head)
-    keys, values = (torch.zeros(shape, device=DEVICE, dtype=dtype) for _ in range(2))
-    tokens = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-    position = torch.full((1,), args.context - 1, device=DEVICE)
-
-    @torch.no_grad()
-    def step(_: int) -> None:
-        cos, sin = (
-            t.unsqueeze(-2)
-            for t in rotation(position, c.dim_per_head, c.rope_theta, c.rope_scaling)
-        )
-        mask = torch.arange(args.context, device=DEVICE) <= position
-        x = model.embedding(tokens)
-        for layer, block in enumerate(model.blocks):
-            query, key, value = before(block, x, cos, sin)
-            keys[layer].index_copy_(2, position, key.unsqueeze(2))
-            values[layer].index_copy_(2, position, value.unsqueeze(2))
-            mixed = F.scaled_dot_product_attention(
-                query.unsqueeze(2), keys[layer], values[layer], attn_mask=mask[None]
-            )
-            x = after(block, x, mixed.squeeze(2))
-        tokens.copy_(last(model, x).argmax(dim=-1))
-
-    return step
-
-
-def transformers_row(args: argparse.Namespace) -> dict[str, float]:
-    from transformers import ArceeConfig, ArceeForCausalLM
-
-    shape = shape_of(args)
-    config = ArceeConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d_model,
-        intermediate_size=shape.ff_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_heads,
-        head_dim=shape.dim_per_head,
-        hidden_act="gelu",
-        max_position_embeddings=shape.seq_len,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
-    dtype = torch.bfloat16 if GPU else torch.float32
-    model = ArceeForCausalLM(config).to(DEVICE, dtype).eval()
-    static = {"cache_implementation": "static"} if "static" in args.row else {}
-
-    def write(tokens: Tensor, n_new: int) -> float:
-        wait()
-        start = time.perf_counter()
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=n_new,
-            min_new_tokens=n_new,
-            do_sample=False,
-            pad_token_id=0,
-            **static,
-        )
-        wait()
-        return time.perf_counter() - start
-
-    return transformers_speeds(args, write)
-
-
-def transformers_speeds(
-    args: argparse.Namespace, write: Callable[[Tensor, int], float]
-) -> dict[str, float]:
-    """From the difference of a long and a short text, so that the prompt does not count."""
-    speeds = {}
-    n_new = args.context // 4
-    for batch in (1, args.batch):
-        prompts = [random_prompt(args, args.context - n_new, seed) for seed in range(batch)]
-        tokens = torch.tensor(prompts, device=DEVICE)
-        for _ in range(2):  # the first compiles
-            short, long = write(tokens, 2), write(tokens, n_new)
-        speeds[f"batch {batch}"] = batch * (n_new - 2) / max(long - short, 1e-9)
-    prompt = torch.tensor([long_prompt(args)], device=DEVICE)
-    times = sorted(write(prompt, 1) for _ in range(5))
-    return speeds | {"first token ms": 1e3 * times[2]}
 
 
 def run_row(args: argparse.Namespace) -> dict[str, Any]:

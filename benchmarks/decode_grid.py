@@ -9,8 +9,9 @@ Tokens per second, all texts together, from the step in which each has its first
 
 import argparse
 
+from _decode_model import GPU
 from _record import add_json_option, write_record
-from decode import GPU, AnyText, engine_speed, mixture_of
+from decode import AnyText, engine_speed, mixture_of
 from rich.console import Console
 from rich.table import Table
 
