@@ -85,6 +85,22 @@ def test_decoding_is_measured_on_a_tiny_model_where_there_is_no_gpu(tmp_path: Pa
     assert all(row["batch 1"] > 0 and row["batch 4"] > 0 for row in results.values())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would take minutes")
+def test_decoding_is_measured_against_batch_and_context(tmp_path: Path) -> None:
+    tiny = ("--layers", 1, "--width", 128, "--vocabulary", 512)
+    cells = ("--batches", 1, 3, "--contexts", 16, 32)
+    table = printed_by("decode_grid.py", *tiny, *cells, "--json", tmp_path / "grid.json")
+
+    assert "context 32" in table
+    assert "batch 3" in table
+    results = json.loads((tmp_path / "grid.json").read_text())["results"]["tokens_per_second"]
+    assert {context: list(row) for context, row in results.items()} == {
+        "16": ["1", "3"],
+        "32": ["1", "3"],
+    }
+    assert all(value > 0 for row in results.values() for value in row.values())
+
+
 def test_parity_with_transformers_is_printed_for_every_family(tmp_path: Path) -> None:
     table = printed_by("parity.py", "--json", tmp_path / "parity.json")
     results = json.loads((tmp_path / "parity.json").read_text())["results"]
