@@ -1,4 +1,4 @@
-"""Kernels compiled for a Hopper GPU, without one."""
+"""Hopper GPUs: whether there is one here, and kernels compiled for one without it."""
 
 import os
 import re
@@ -6,7 +6,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from typing import Any
+
+import pytest
+import torch
+
+from pyper.kernels import launch
+
+
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+needs_hopper = pytest.mark.skipif(not on_hopper(), reason="there is no Hopper GPU")
+
+
+def is_tried_triton() -> bool:
+    """Whether the kernels were written for this version, and are used with it."""
+    return launch.HAS_TRITON and version("triton").startswith("3.6.")
 
 
 def run_for_hopper(script: str, *arguments: object) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels.on_triton import leaf, random
+from kernels.on_triton import leaf, random, random_index
 
 
 @dataclass
@@ -51,6 +51,18 @@ def random_weights(
         random(E, width, seed=seed + 5, dtype=dtype) if biases else None,
         random(E, D, seed=seed + 6, dtype=dtype) if biases else None,
     )
+
+
+def random_products(E: int, C: int, D: int, d_ff: int) -> dict[str, Tensor]:
+    """Of the two products around GELU, in bf16: E experts read C each of C + 44 tokens."""
+    return {
+        "rows": random(E, C, D, seed=0, dtype=torch.bfloat16),
+        "dy": random(E, C, D, seed=1, dtype=torch.bfloat16),
+        "up": random(E, d_ff, D, seed=2, dtype=torch.bfloat16) / D**0.5,
+        "down": random(E, D, d_ff, seed=3, dtype=torch.bfloat16) / D**0.5,
+        "gates": random(C + 44, E, seed=4).softmax(-1),
+        "index": random_index(C + 44, E, C),
+    }
 
 
 def naive_layer(

@@ -27,6 +27,7 @@ def runnable() -> str:
 
 
 needs_triton = pytest.mark.skipif(bool(runnable()), reason=runnable())
+needs_emulation = pytest.mark.skipif(DEVICE != "cpu", reason="there the kernel itself runs")
 
 
 @contextmanager

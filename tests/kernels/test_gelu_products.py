@@ -1,10 +1,7 @@
-"""Products around GELU with GELU inside: against float64, and built for the GPU they are for."""
+"""Products around GELU with GELU inside: emulated, against float64, and where they are used."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -13,20 +10,19 @@ import torch
 from torch import Tensor
 
 from kernels.gluon_emulated import Pointer, Tiles, emulated, run
-from kernels.hopper import run_for_hopper
-from kernels.naive_layer import random_weights
+from kernels.naive_layer import random_products, random_weights
 from kernels.on_triton import (
     DEVICE,
     error,
     kernels,
     leaf,
     limit,
+    needs_emulation,
     needs_triton,
     poisoned,
     random,
     random_index,
 )
-from pyper.config.expert import Activation
 from pyper.kernels import (
     dense_feed_forward,
     expert_choice,
@@ -36,7 +32,6 @@ from pyper.kernels import (
     launch,
 )
 from pyper.kernels import gelu_products as products
-from pyper.kernels.activation import activation_forward, activation_gradients
 
 BF16 = torch.bfloat16
 KERNELS = [
@@ -83,25 +78,11 @@ def emulation() -> Iterator[None]:
         yield
 
 
-needs_emulation = pytest.mark.skipif(DEVICE != "cpu", reason="there the kernel itself runs")
-
-
-def inputs(E: int, C: int, D: int, d_ff: int) -> dict[str, Tensor]:
-    return {
-        "rows": random(E, C, D, seed=0, dtype=BF16),
-        "dy": random(E, C, D, seed=1, dtype=BF16),
-        "up": random(E, d_ff, D, seed=2, dtype=BF16) / D**0.5,
-        "down": random(E, D, d_ff, seed=3, dtype=BF16) / D**0.5,
-        "gates": random(C + 44, E, seed=4).softmax(-1),
-        "index": random_index(C + 44, E, C),
-    }
-
-
 @needs_triton
 @needs_emulation
 @pytest.mark.parametrize("gated", [True, False])
 def test_both_directions_match_float64(gated: bool) -> None:
-    rows, dy, up, down, *around = inputs(2, 256, 1024, 512).values()
+    rows, dy, up, down, *around = random_products(2, 256, 1024, 512).values()
     gates, index = around if gated else (None, None)
     with emulation():
         pre, hidden = products.up_gelu(rows, up, gates, index)
@@ -169,7 +150,7 @@ def test_the_dense_layer_is_the_same_with_it(frozen: bool) -> None:
 @needs_triton
 @needs_emulation
 def test_what_compilers_are_told_is_true() -> None:
-    rows, dy, up, down, gates, index = inputs(1, 128, 512, 256).values()
+    rows, dy, up, down, gates, index = random_products(1, 128, 512, 256).values()
     pre = random(1, 128, 256, dtype=BF16)
     with emulation():
         torch.library.opcheck(products.up_gelu, (rows, up, gates, index))
@@ -259,136 +240,3 @@ def test_a_cpu_does_not_take_it() -> None:
     shapes = ((8, 4096, 1024), (8, 1024, 1024), (8, 1024, 1024))
     given = [torch.empty(0, dtype=BF16).new_empty(shape, device="meta") for shape in shapes]
     assert not products.fits(*given, "gelu", None)
-
-
-def is_tried_triton() -> bool:
-    """Whether the kernels were written for this version, and are used with it."""
-    return launch.HAS_TRITON and version("triton").startswith("3.6.")
-
-
-BUILD = """
-from kernels.hopper import build, spilled_bytes
-from pyper.kernels import gelu_products_kernel as kernels, gelu_slices_kernel as slices
-
-def described(kind, shape, layout):
-    return f"tensordesc<{kind}[{shape[0]}, {shape[1]}],{layout!r}>"
-
-def built_of(E, back, gated, again):
-    kernel, tiles = kernels.product, kernels.TILE_LAYOUT
-    constants = dict(E=E, D=2048, F=8192, BACK=back, GATED=gated, AGAIN=again)
-    absent = [] if again else ["again_tiles"]
-    absent += [] if back and gated else ["parts_ptr"]
-    absent += [] if gated else ["gates_ptr", "index_ptr"]
-    constants |= dict.fromkeys(absent)
-    weight = described("bf16", (64, 256) if back else (256, 64), tiles)
-    types = {"a_tiles": described("bf16", (64, 64), tiles), "b_tiles": weight}
-    types |= {"C": "i32", "index_ptr": "*i64"}
-    words, names = described("i32", (64, 16), slices.WORDS_LAYOUT), kernel.arg_names
-    types |= {n: words for n in names if n.endswith("tiles") and n not in types}
-    whole, options = ["C"], {"gluon": True, "num_warps": 4}
-    return build(kernel, types, constants, default="*fp32", whole=whole, **options)
-
-FORWARD = [(8, False, True, False), (1, False, False, False)]
-BACKWARD = [(8, True, True, False), (8, True, True, True), (1, True, False, True),
-            (1, True, False, False)]
-for case in FORWARD + BACKWARD:
-    built = built_of(*case)
-    assert built.metadata.shared <= 227 * 1024
-    for part in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
-        assert part in built.asm["ptx"], part
-    assert spilled_bytes(built.asm["ptx"]) == [0, 0], case
-"""
-
-
-@needs_triton
-@pytest.mark.skipif(not is_tried_triton(), reason="Gluon is another one in this Triton")
-@pytest.mark.slow
-def test_all_variants_build_for_a_large_gpu_and_spill_nothing() -> None:
-    run_for_hopper(BUILD)
-
-
-def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-needs_hopper = pytest.mark.skipif(not on_hopper(), reason="there is no Hopper GPU")
-
-
-@needs_triton
-@needs_hopper
-@pytest.mark.parametrize(
-    ("E", "C", "gated"), [(8, 4096, True), (8, 1152, True), (1, 16_384, False)]
-)
-def test_at_real_shapes_it_does_what_separate_passes_do(E: int, C: int, gated: bool) -> None:
-    rows, dy, up, down, *around = inputs(E, C, 2048, 8192).values()
-    gates, index = around if gated else (None, None)
-    pre, hidden = products.up_gelu(rows, up, gates, index)
-    assert error(pre, torch.bmm(rows, up.mT)) < 1e-3
-    assert error(hidden, activation_forward(pre, "gelu", index, gates)) < 1e-3
-    dhidden = torch.bmm(dy, down)
-    for want_hidden in (True, False):
-        got = products.down_gradient_gelu(dy, down, pre, gates, index, want_hidden)
-        expected = activation_gradients(dhidden, pre, "gelu", index, gates, want_hidden)
-        for ours, theirs in zip(got, expected, strict=True):
-            assert error(ours, theirs) < 1e-3
-        assert not want_hidden or torch.equal(got[2], hidden)
-
-
-@needs_triton
-@needs_hopper
-@pytest.mark.parametrize("recompute", [False, True])
-def test_layers_on_it_are_the_usual_ones(recompute: bool) -> None:
-    w = random_weights(8192, 1024, 4096, 8, dtype=BF16).leaves()
-    given, dout = (w.x, w.residual, w.router, w.up, w.down), random(8192, 1024, seed=8, dtype=BF16)
-    one = (w.x, leaf(w.up[0]), leaf(w.down[0]))
-
-    def both() -> list[Tensor]:
-        sparse = expert_choice_layer(*given, 1024, recompute=recompute).out
-        dense = dense_feed_forward(*one)
-        grads = [torch.autograd.grad(out, of, dout) for out, of in ((sparse, given), (dense, one))]
-        return [sparse, dense, *grads[0], *grads[1]]
-
-    with mock.patch.object(products, "_launch", wraps=products._launch) as launched:
-        got = both()
-        assert launched.call_count == 4
-    never = mock.Mock(return_value=False)
-    with mock.patch.object(expert_choice, "fits", never):  # noqa: SIM117
-        with mock.patch.object(feed_forward, "fits", never):
-            usual = both()
-    assert all(error(a, b) < limit(BF16) for a, b in zip(got, usual, strict=True))
-
-
-@needs_triton
-@needs_hopper
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
-def test_a_cuda_graph_replays_it_on_new_inputs() -> None:
-    activation: Activation = "gelu"
-    x, up = random(8192, 1024, dtype=BF16), random(4096, 1024, seed=1, dtype=BF16) / 32
-    given = [leaf(x), leaf(up), leaf(up.mT.contiguous())]
-
-    def step() -> list[Tensor]:
-        out = dense_feed_forward(*given, activation)
-        return [out, *torch.autograd.grad(out.float().square().sum(), given)]
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
-    with torch.no_grad():
-        given[0].copy_(random(8192, 1024, seed=77, dtype=BF16))
-    graph.replay()
-    for ours, theirs in zip(recorded, step(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it measures")
-def test_without_a_gpu_the_comparison_says_that_there_is_nothing_to_do() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "fused_products.py"
-    command = [sys.executable, str(script)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "nothing to do" in printed

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from kernels.gluon_emulated import Pointer, Value, emulated, run
-from kernels.hopper import run_for_hopper
-from kernels.on_triton import DEVICE, error, kernels, limit, needs_triton, poisoned, random
-from kernels.test_gelu_products import is_tried_triton, needs_emulation, needs_hopper
+from kernels.hopper import is_tried_triton, needs_hopper, run_for_hopper
+from kernels.on_triton import (
+    DEVICE,
+    error,
+    kernels,
+    limit,
+    needs_emulation,
+    needs_triton,
+    poisoned,
+    random,
+)
 from kernels.test_thin_linear import BF16, compare, naive, tickets_of, weight_of
 from pyper.kernels import InputNorm, thin_linear, thin_stream
 from pyper.kernels.activation import activate
