@@ -3,7 +3,7 @@
 What runs by itself on a GPU happens here as late or as oddly as it may: products read their
 operands when someone waits for them, stores when someone waits for their reading, and copies land
 after a while, on a place that was NaN until then. A missing wait shows as a wrong number or as a
-deadlock, which `TIMEOUT` ends. What single threads of a group do is left to the compiler.
+deadlock, which ends after a minute. What single threads of a group do is left to the compiler.
 """
 
 import itertools
@@ -13,126 +13,15 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TIMEOUT = 60.0
+from kernels.gluon_values import Barrier, Pointer, Shared, Tiles, Value, raw, state
+
 BYTES = {torch.bfloat16: 2, torch.int32: 4}
-state = threading.local()
-"""Of a thread: its program and number of programs, products that run, stores not yet read."""
-
-
-class Value:
-    """A tensor in registers, with as much of the language's methods as the kernels use."""
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-        self.shape = tuple(data.shape)
-        self.type = types.SimpleNamespace(layout=None)
-
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "Value":
-        return Value(self.data.view(dtype) if bitcast else self.data.to(dtype))
-
-    def __getitem__(self, at: Any) -> "Value":
-        return Value(self.data[at])
-
-
-def _raw(x: Any) -> Any:
-    return x.data if isinstance(x, Value) else x
-
-
-def _method(name: str) -> Callable[..., Any]:
-    def method(self: Value, other: Any) -> Any:
-        if isinstance(other, Pointer):
-            return other + self
-        return Value(getattr(self.data, name)(_raw(other)))
-
-    return method
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "lshift", "gt", "lt", "truediv"):
-    setattr(Value, f"__{_name}__", _method(f"__{_name}__"))
-
-
-@dataclass
-class Pointer:
-    data: Tensor
-    at: Any = 0
-
-    def __add__(self, offset: Any) -> "Pointer":
-        return Pointer(self.data, self.at + _raw(offset))
-
-
-@dataclass
-class Tiles:
-    """What the copy engine is told: a matrix and the shape of a tile."""
-
-    data: Tensor
-    block: tuple[int, int]
-    layout: None = None
-
-    def tile(self, at: Sequence[int]) -> Tensor:
-        (row, column), (rows, columns) = at, self.block
-        found = self.data[row : row + rows, column : column + columns]
-        assert tuple(found.shape) == self.block
-        return found
-
-
-@dataclass
-class Shared:
-    data: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.data.shape)
-
-    def index(self, i: int) -> Any:
-        return Shared(self.data[i]) if isinstance(self.data, Tensor) else self.data[i]
-
-    def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.data.permute(order))
-
-    def load(self, layout: Any) -> Value:
-        return Value(self.data.clone())
-
-    def store(self, value: Value) -> None:
-        assert not state.stores, "the last store may still read this"
-        self.data.copy_(value.data)
-
-
-@dataclass
-class Barrier:
-    count: int = 0
-    missing: int = 0
-    bytes: int = 0
-    phase: int = 0
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def arrive(self, count: int = 1, expected: int = 0) -> None:
-        with self.changed:
-            self.missing -= count
-            assert self.missing >= 0, "more arrive than were announced"
-            self.bytes += expected
-            self._turn()
-
-    def came(self, size: int) -> None:
-        with self.changed:
-            self.bytes -= size
-            self._turn()
-
-    def _turn(self) -> None:
-        if self.missing == 0 and self.bytes == 0:
-            self.phase, self.missing = self.phase + 1, self.count
-            self.changed.notify_all()
-
-    def wait(self, parity: int) -> None:
-        with self.changed:
-            done = self.changed.wait_for(lambda: self.phase & 1 != parity, TIMEOUT)
-            assert done, "nobody comes"
 
 
 def _init(bar: Barrier, count: int) -> None:
@@ -240,7 +129,7 @@ def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
 
 def _language() -> types.SimpleNamespace:
     def of(function: Callable[..., Tensor]) -> Callable[..., Value]:
-        return lambda *given, **named: Value(function(*map(_raw, given), **named))
+        return lambda *given, **named: Value(function(*map(raw, given), **named))
 
     def split(x: Value) -> tuple[Value, Value]:
         return Value(x.data[..., 0]), Value(x.data[..., 1])
@@ -252,7 +141,7 @@ def _language() -> types.SimpleNamespace:
         return Value(found.where(there, torch.tensor(other, dtype=found.dtype)))
 
     def store(pointer: Pointer, value: Any, mask: Value | None = None) -> None:
-        at, given = torch.as_tensor(pointer.at), torch.as_tensor(_raw(value))
+        at, given = torch.as_tensor(pointer.at), torch.as_tensor(raw(value))
         there = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.data
         pointer.data.view(-1)[at[there]] = given.expand(at.shape)[there].to(pointer.data.dtype)
 
@@ -262,11 +151,11 @@ def _language() -> types.SimpleNamespace:
         return before
 
     def maximum(x: Any, y: float) -> Value:
-        return Value(_raw(x).clamp(min=y))
+        return Value(raw(x).clamp(min=y))
 
     def where(condition: Any, x: Any, y: Any) -> Any:
         if isinstance(condition, Value):
-            return Value(torch.where(condition.data, _raw(x), _raw(y)))
+            return Value(torch.where(condition.data, raw(x), raw(y)))
         return x if condition else y
 
     def minimum(x: Any, y: Any) -> Any:

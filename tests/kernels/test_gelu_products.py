@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gluon_emulated import Pointer, Tiles, emulated, run
+from kernels.gluon_emulated import emulated, run
+from kernels.gluon_values import Pointer, Tiles
 from kernels.naive_layer import random_products, random_weights
 from kernels.on_triton import (
     DEVICE,

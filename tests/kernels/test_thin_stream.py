@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gluon_emulated import Pointer, Value, emulated, run
+from kernels.gluon_emulated import emulated, run
+from kernels.gluon_values import Pointer, Value
 from kernels.hopper import is_tried_triton, needs_hopper, run_for_hopper
 from kernels.on_triton import (
     DEVICE,
