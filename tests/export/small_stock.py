@@ -1,14 +1,17 @@
-"""Small models of `transformers` with random weights, and the same texts for both sides."""
+"""Small models of `transformers` with random weights, their import, and texts for both sides."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from pyper.data import TextTokenizer
 from pyper.nn import KVCache, Transformer
+from pyper.stages.import_model import ImportOptions, import_model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -29,6 +32,16 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
+}
+# The least that config.json of a Llama says.
+LLAMA_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -116,6 +129,11 @@ def save_stock(folder: Path, model: PreTrainedModel, *, sharded: bool = False) -
     model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
     TextTokenizer.bytes_only().save(folder / "tokenizer.json")
     return folder
+
+
+def imported(source: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """The facts of an import; what it says on the way is not shown."""
+    return import_model(source, output, ImportOptions(**options), Console(file=io.StringIO()))
 
 
 def some_tokens(rows: int, length: int) -> Tensor:

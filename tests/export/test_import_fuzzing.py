@@ -13,15 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from export.small_stock import save_stock, stock_model
-from export.test_import_refusals import LLAMA
+from export.small_stock import LLAMA_CONFIG, save_stock, stock_model
 from pyper.errors import PyperError
 from pyper.export import FAMILIES
 from pyper.export.import_config import read_config
 from pyper.stages.import_model import ImportOptions, import_model
 
 KEYS = sorted(
-    {*LLAMA, "head_dim", "num_key_value_heads", "hidden_act", "rope_theta", "rope_scaling"}
+    {*LLAMA_CONFIG, "head_dim", "num_key_value_heads", "hidden_act", "rope_theta", "rope_scaling"}
     | {"rope_parameters", "no_rope_layers", "no_rope_layer_interval", "sliding_window"}
     | {"use_sliding_window", "layer_types", "max_window_layers", "max_position_embeddings"}
     | {"attention_bias", "mlp_bias", "rms_norm_eps", "tie_word_embeddings", "eos_token_id"}
@@ -63,7 +62,7 @@ def refusal_of(attempt: Callable[[], object]) -> PyperError | None:
 def test_any_config_is_understood_or_refused_in_one_line(
     kind: str, changes: dict[str, Any]
 ) -> None:
-    values = LLAMA | {"model_type": kind, "architectures": None} | changes
+    values = LLAMA_CONFIG | {"model_type": kind, "architectures": None} | changes
     refusal = refusal_of(lambda: read_config(values))
     assert refusal is None or (refusal.hint and "\n" not in refusal.message)
 

@@ -1,19 +1,18 @@
 """Imported models are those of `transformers`: equal logits, equal texts, equal weights again."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from export.small_stock import (
     CASES,
     CONTEXT,
     VARIANTS,
+    imported,
     logit_difference,
     our_text,
     save_stock,
@@ -26,11 +25,6 @@ from pyper.errors import CheckpointError
 from pyper.export import FAMILIES, export_expert
 from pyper.mixture import load_mixture
 from pyper.nn import Transformer
-from pyper.stages.import_model import ImportOptions, import_model
-
-
-def imported(source: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return import_model(source, output, ImportOptions(**options), Console(file=io.StringIO()))
 
 
 def expert_of(folder: Path) -> Transformer:
