@@ -1,10 +1,13 @@
-"""Servers that many tests share."""
+"""Servers that many tests share, and a client of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
+from pyper.data import TextTokenizer
+from pyper.mixture import Mixture, load_mixture
 from serve.small_server import KEY, Server, save_small_mixture, serving
 
 
@@ -28,6 +31,18 @@ def server(shared_server: Server) -> Iterator[Server]:
     assert shared_server.process.poll() is None, printed
     shared_server.wait_until_idle()
     assert printed == ""
+
+
+@pytest.fixture(scope="module")
+def loaded(small_mixture_folder: Path) -> tuple[Mixture, TextTokenizer]:
+    """The served mixture, in this process."""
+    return load_mixture(small_mixture_folder)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
