@@ -1,4 +1,4 @@
-"""`pyper evaluate MODEL --tasks` on tasks of our own, and what it says when it cannot."""
+"""`pyper evaluate MODEL --tasks` on tasks of our own: numbers as by hand, options, displays."""
 
 import io
 import json
@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from own_tasks import TASKS, measure
 from rich.console import Console
 
 from mixture.test_mixture_scoring import naive_log_probs
 from pyper.cli import main
-from pyper.errors import PyperError
 from pyper.mixture import load_mixture
 from pyper.stages.harness import HarnessOptions, evaluate_tasks, harness_table
 from serve import small_server
 
 pytest.importorskip("lm_eval")
 
-TASKS = Path(__file__).parent / "tasks"
 QUESTIONS = [json.loads(line) for line in (TASKS / "sums.jsonl").read_text().splitlines()]
 TALES = [json.loads(line)["text"] for line in (TASKS / "tales.jsonl").read_text().splitlines()]
 # The libraries' own.
@@ -30,28 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.usefixtures("own_cache", "one_thread"),
 ]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four experts over bytes; with a router of their own, the loops by hand are short."""
-    return small_server.save_small_mixture(tmp_path_factory.mktemp("measured"))
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets are converted once and kept; and nobody asks the network."""
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def measure(model: Path, *tasks: str, **options: Any) -> dict[str, Any]:
-    files = [str(TASKS / f"{task}.yaml") for task in tasks]
-    return evaluate_tasks(model, HarnessOptions(files, **options), Console(quiet=True))
 
 
 def values_of(result: dict[str, Any]) -> dict[str, float]:
@@ -236,80 +213,6 @@ def test_options_that_do_not_go_together(
     assert pyper("evaluate", model, *arguments)[0] == 2
 
 
-TASK = """task: mine
-dataset_path: {path}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "message", "hint"),
-    [
-        (TASK.format(path="nobody/nothing"), "`{file}` cannot be had", "data_files"),
-        (TASK.format(path="json").replace("test_split: test", ""), "", ""),
-        ("task: [", "`{file}` cannot be used", ""),
-        ("words: 2", "no `task: NAME`", "data_files"),
-        (
-            TASK.format(path="json")
-            + f"dataset_kwargs: {{data_files: {{test: {TASKS / 'sums.jsonl'}}}}}\n"
-            + "unsafe_code: true\n",
-            "unsafe",
-            "",
-        ),
-        (
-            TASK.format(path="json").replace("{{choices}}", "{{chioces}}")
-            + f"dataset_kwargs: {{data_files: {{test: {TASKS / 'sums.jsonl'}}}}}\n",
-            "",
-            "",
-        ),
-    ],
-)
-def test_a_task_that_cannot_be_had_is_named(
-    model: Path, tmp_path: Path, text: str, message: str, hint: str
-) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(PyperError) as refused:
-        evaluate_tasks(model, HarnessOptions([str(file)]), Console(quiet=True))
-    assert message.format(file=file) in refused.value.message
-    assert hint in refused.value.hint
-    assert "mine" in refused.value.message
-
-
-def test_a_task_that_wants_more_than_the_context_holds(model: Path, tmp_path: Path) -> None:
-    text = (TASKS / "writing.yaml").read_text().replace("max_gen_toks: 8", "max_gen_toks: 5000")
-    (tmp_path / "long.yaml").write_text(text)
-    shutil.copy(TASKS / "sums.jsonl", tmp_path)
-    with pytest.raises(PyperError, match="5,000 new tokens"):
-        evaluate_tasks(model, HarnessOptions([str(tmp_path / "long.yaml")]), Console(quiet=True))
-    (tmp_path / "long.yaml").write_text(text.replace("max_gen_toks: 5000", "num_beams: 4"))
-    with pytest.raises(PyperError, match="num_beams"):
-        evaluate_tasks(model, HarnessOptions([str(tmp_path / "long.yaml")]), Console(quiet=True))
-
-
-def test_two_files_with_one_name_are_refused(model: Path, tmp_path: Path) -> None:
-    """The results of one would take the place of the other's."""
-    for name in ("sums.yaml", "sums.jsonl"):
-        shutil.copy(TASKS / name, tmp_path)
-    files = [str(TASKS / "sums.yaml"), str(tmp_path / "sums.yaml")]
-    with pytest.raises(PyperError, match="`pyper_sums`, as another task is"):
-        evaluate_tasks(model, HarnessOptions(files), Console(quiet=True))
-
-
-def test_code_of_a_task_that_fails_is_no_traceback(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("def results(doc, results):\n    return doc.total\n")
-    text = (TASKS / "writing.yaml").read_text() + "process_results: !function own.results\n"
-    (tmp_path / "own.yaml").write_text(text)
-    shutil.copy(TASKS / "sums.jsonl", tmp_path)
-    with pytest.raises(PyperError, match="AttributeError") as refused:
-        evaluate_tasks(model, HarnessOptions([str(tmp_path / "own.yaml")]), Console(quiet=True))
-    assert refused.value.hint
-
-
 def test_a_metric_that_is_not_computed_is_named(model: Path, tmp_path: Path) -> None:
     text = (TASKS / "sums.yaml").read_text().replace("metric: acc_norm", "metric: accuracy")
     (tmp_path / "own.yaml").write_text(text)
@@ -320,27 +223,3 @@ def test_a_metric_that_is_not_computed_is_named(model: Path, tmp_path: Path) -> 
     assert result["missing"] == ["pyper_sums: accuracy"]
     assert "no value of pyper_sums: accuracy" in str(harness_table(result).caption)
     assert measure(model, "sums", "tales", "writing", limit=1)["missing"] == []
-
-
-def test_a_missing_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "lm_eval" else found(name)
-    )
-    with pytest.raises(PyperError) as refused:
-        measure(model, "sums")
-    assert "`lm-eval`" in refused.value.message
-    assert "pip install 'pyper[eval]'" in refused.value.hint
-
-
-@pytest.mark.slow  # ten seconds: thousands of tasks are known by name
-def test_named_tasks_without_network(model: Path) -> None:
-    for name, message, hint in [
-        ("arc_eazy", "no task `arc_eazy`", "did you mean `arc_easy`"),
-        ("zzzzzz", "no task `zzzzzz`", "a task of your own"),
-        ("arc_easy", "`arc_easy` cannot be had", "data_files"),
-    ]:
-        with pytest.raises(PyperError) as refused:
-            evaluate_tasks(model, HarnessOptions([name]), Console(quiet=True))
-        assert message in refused.value.message
-        assert hint in refused.value.hint
