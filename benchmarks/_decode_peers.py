@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _arcee import arcee_config
 from _decode_model import DEVICE, GPU, expert, long_prompt, random_prompt, shape_of, wait
 from _timing import as_graph, median_ms
 from torch import Tensor
@@ -55,22 +56,9 @@ def plain_step(args: argparse.Namespace, model: Transformer, batch: int) -> Call
 
 
 def transformers_row(args: argparse.Namespace) -> dict[str, float]:
-    from transformers import ArceeConfig, ArceeForCausalLM
+    from transformers import ArceeForCausalLM
 
-    shape = shape_of(args)
-    config = ArceeConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d_model,
-        intermediate_size=shape.ff_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_heads,
-        head_dim=shape.dim_per_head,
-        hidden_act="gelu",
-        max_position_embeddings=shape.seq_len,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
+    config = arcee_config(shape_of(args))
     dtype = torch.bfloat16 if GPU else torch.float32
     model = ArceeForCausalLM(config).to(DEVICE, dtype).eval()
     static = {"cache_implementation": "static"} if "static" in args.row else {}

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _arcee import arcee_config
 from _kernels import kernels_of
 from _record import add_json_option, write_record
 from rich.console import Console
@@ -143,22 +144,9 @@ def pyper_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
 
 
 def transformers_step(args: argparse.Namespace, device: str, compiled: bool) -> Step:
-    from transformers import ArceeConfig, ArceeForCausalLM
+    from transformers import ArceeForCausalLM
 
-    shape = shape_of(args)
-    config = ArceeConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d_model,
-        intermediate_size=shape.ff_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_heads,
-        head_dim=shape.dim_per_head,
-        hidden_act="gelu",
-        max_position_embeddings=args.seq_len,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
+    config = arcee_config(shape_of(args))
     with torch.device(device):
         model = ArceeForCausalLM(config).to(torch.bfloat16).train()
     if compiled:

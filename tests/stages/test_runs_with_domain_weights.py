@@ -2,11 +2,11 @@
 
 import io
 import tomllib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rich.console import Console
+from run_files import Open
 
 from pyper.config import RunConfig, parse_run
 from pyper.data import effective_tokens
@@ -17,7 +17,6 @@ from pyper.stages.plan import plan, plan_table
 from pyper.stages.toml import to_toml
 from pyper.stages.train import Unit, _data_of, budget_of
 
-Open = Callable[..., Context]
 WEIGHTS = "data.weights={ sums = 2.0, tales = 0.5 }"
 
 

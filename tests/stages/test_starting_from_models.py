@@ -35,7 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 _WEIGHTS = "model.safetensors"
 
 Finished = Callable[[str], Path]
-Open = Callable[..., Context]
 NewRun = Callable[..., RunConfig]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from run_files import Open
 
 from mixture.small_documents import documents_of
 from nn.small_experts import small_expert
@@ -22,12 +23,10 @@ from pyper.routing import Assignment, assign_with_prices
 from pyper.stages import assign as stage
 from pyper.stages import tiny_lm
 from pyper.stages.assign import assign
-from pyper.stages.context import Context
 from pyper.stages.tiny_lm import document_scores
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_steps")
 
-Open = Callable[..., Context]
 LM = ("mixture.assign=discover", "mixture.discover_scores=lm", "mixture.discover_rounds=2")
 LETTERS = "abcdefgh"
 

@@ -2,11 +2,11 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from run_files import Open
 
 from pyper.checkpoint import load_checkpoint
 from pyper.config import DataConfig, ExpertConfig, RunConfig, TrainConfig
@@ -21,7 +21,6 @@ from pyper.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Open = Callable[..., Context]
 PARTS = ("seed", "control", "experts/00", "experts/01")
 AT_ONCE = "run.parallel_experts=true"
 
